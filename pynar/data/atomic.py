@@ -1,0 +1,73 @@
+"""Directories that appear whole or not at all."""
+
+import ctypes
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["fsync_directory", "replace_directory", "temporary_sibling"]
+
+
+def fsync_directory(directory: str | os.PathLike[str]) -> None:
+    """Brings the entries of a directory to the disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def temporary_sibling(path: Path) -> Iterator[Path]:
+    """Makes a hidden directory beside ``path``, and removes it if it is still there at the end.
+
+    A sibling, so that renaming it does not cross file systems.
+    """
+    # Not ``absolute()``: the parent of "." or "x/.." has a name only when resolved.
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_directory(temporary: Path, path: Path) -> None:
+    """Renames ``temporary`` to ``path``, where it may replace a directory.
+
+    On Linux the two exchange their names in one step, so that ``path`` always is a whole
+    directory, the old or the new one. Elsewhere the old one is moved aside first, and back if the
+    second step fails.
+    """
+    path = path.resolve()
+    if not path.exists():
+        os.rename(temporary, path)
+    elif _exchange(temporary, path):
+        shutil.rmtree(temporary)
+    else:
+        old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+        os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+        shutil.rmtree(old)
+    fsync_directory(path.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two directory entries with ``renameat2``; False where there is no such call."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        return False
+    at_cwd, rename_exchange = -100, 2
+    failed = library.renameat2(
+        at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), rename_exchange
+    )
+    return failed == 0

@@ -1,0 +1,297 @@
+"""Parallel text in, a tokenizer and a memory-mapped corpus out."""
+
+import heapq
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from pynar.data.atomic import fsync_directory, replace_directory, temporary_sibling
+from pynar.data.corpus import CorpusWriter
+from pynar.data.manifest import MANIFEST_FILE, FileInfo, Manifest, SplitInfo
+from pynar.data.text import TextError, read_pairs
+from pynar.data.tokenizer import Tokenizer, cpu_count
+from pynar.symbols import UNK
+
+__all__ = ["Pairs", "Progress", "prepare"]
+
+PathLike = str | os.PathLike[str]
+Pairs = PathLike | tuple[PathLike, PathLike]  # a TSV file, or source and target files
+Progress = Callable[[str, int, int | None], None]  # stage, pairs done, pairs in all if known
+
+# A block is encoded at once and becomes one record batch; bounded in pairs and in characters,
+# so that neither many short nor some enormous lines need much memory.
+BLOCK_PAIRS = 16_384
+BLOCK_CHARACTERS = 4_000_000
+# The unigram trainer needs about 22 bytes of memory a byte of text: 0.9 GB for this much.
+SAMPLE_BYTES = 40_000_000
+
+
+def prepare(
+    output: PathLike,
+    *,
+    train: Pairs,
+    valid: Pairs | None = None,
+    test: Pairs | None = None,
+    vocab_size: int | None = None,
+    tokenizer: PathLike | None = None,
+    joint: bool = True,
+    model_type: str = "unigram",
+    character_coverage: float = 1.0,
+    byte_fallback: bool = False,
+    split_digits: bool = False,
+    normalization: str = "identity",
+    max_length: int = 256,
+    max_ratio: float | None = None,
+    sample_pairs: int = 1_000_000,
+    seed: int = 0,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Encodes parallel text into the directory ``output`` and returns its manifest.
+
+    A split is a pair of line-aligned files, or one TSV file with two columns; plain or gzipped;
+    read as ``iter_lines`` says. ``output`` then holds ``manifest.json``, the tokenizer and one
+    Arrow file a split, to be opened with ``Corpus.open``; it appears complete or not at all.
+
+    The tokenizer is taken from ``tokenizer`` (a directory or model file), or trained with
+    ``vocab_size`` pieces a model on a random sample of the training pairs, at most
+    ``sample_pairs`` and 40 MB of text, that ``seed`` determines; ``joint``, ``model_type``,
+    ``character_coverage``, ``byte_fallback``, ``split_digits`` and ``normalization`` are
+    described at ``Tokenizer.train``.
+
+    Pairs are left out, and counted by reason in the manifest, where a side is blank ("empty"),
+    where a side has more than ``max_length`` tokens ("too_long"), and in training data alone
+    where one side has more than ``max_ratio`` times the tokens of the other ("ratio"). The splits
+    for validation and test keep their text beside the tokens.
+
+    ``progress(stage, done, total)`` is called after each block of pairs. ``overwrite`` replaces an
+    earlier prepared corpus, in one step; any other directory that is not empty is refused.
+
+    Raises ``OSError`` for files that cannot be read or written; ``TextError`` for text that is not
+    aligned UTF-8, naming file and line; ``ValueError`` for wrong options, a split without a single
+    pair left, or a vocabulary that the text cannot fill.
+    """
+    output = Path(output)
+    report = progress or (lambda stage, done, total: None)
+    threads = threads or cpu_count()
+    if (vocab_size is None) == (tokenizer is None):
+        raise ValueError("prepare: give either vocab_size, to train a tokenizer, or tokenizer")
+    for name, value in (("max_length", max_length), ("sample_pairs", sample_pairs)):
+        if value < 1:
+            raise ValueError(f"prepare: {name} must be positive, got {value}")
+    if max_ratio is not None and max_ratio < 1:
+        raise ValueError(f"prepare: max_ratio must be at least 1, got {max_ratio}")
+    given = {"train": train, "valid": valid, "test": test}
+    splits = {name: _files(name, pairs) for name, pairs in given.items() if pairs is not None}
+    _check_output(output, overwrite)
+    trained_options = {
+        "vocab_size": vocab_size,
+        "joint": joint,
+        "model_type": model_type,
+        "character_coverage": character_coverage,
+        "byte_fallback": byte_fallback,
+        "split_digits": split_digits,
+        "normalization": normalization,
+    }
+
+    with temporary_sibling(output) as directory:
+        total = None
+        if tokenizer is not None:
+            model = Tokenizer.load(tokenizer)
+        else:
+            sources, targets, total = _sample(splits["train"], sample_pairs, seed, report)
+            report("train tokenizer", 0, None)
+            model = Tokenizer.train(sources, targets, **trained_options)
+            del sources, targets
+        model.save(directory)
+        infos = {}
+        for name, files in splits.items():
+            infos[name] = _encode_split(
+                directory,
+                name,
+                files,
+                model,
+                max_length=max_length,
+                max_ratio=max_ratio if name == "train" else None,
+                threads=threads,
+                progress=report,
+                total=total if name == "train" else None,
+            )
+        names = [*model.files, *(info.file for info in infos.values())]
+        manifest = Manifest(
+            version=_version(),
+            options={
+                **(trained_options if tokenizer is None else {"tokenizer": os.fspath(tokenizer)}),
+                "max_length": max_length,
+                "max_ratio": max_ratio,
+                "sample_pairs": sample_pairs,
+                "seed": seed,
+            },
+            tokenizer={
+                "joint": model.joint,
+                "source_size": model.source_size,
+                "target_size": model.target_size,
+                "digest": model.digest,
+                "files": list(model.files),
+            },
+            splits=infos,
+            files={name: FileInfo.of(directory / name) for name in names},
+        )
+        manifest.save(directory)
+        fsync_directory(directory)
+        replace_directory(directory, output)
+    return manifest
+
+
+def _version() -> str:
+    try:
+        return version("pynar")
+    except PackageNotFoundError:  # imported from a source tree that is not installed
+        return "unknown"
+
+
+def _files(name: str, pairs: Pairs) -> tuple[str, ...]:
+    paths = (pairs,) if isinstance(pairs, (str, os.PathLike)) else tuple(pairs)
+    if len(paths) not in (1, 2):
+        raise ValueError(
+            f"prepare: {name} must be one TSV file or a source and a target file, "
+            f"got {len(paths)} files"
+        )
+    for path in paths:
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"prepare: {name} file {os.fspath(path)} does not exist")
+    return tuple(os.fspath(path) for path in paths)
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"prepare: output {output} exists and is not a directory")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"prepare: output {output} is not empty; overwrite=True replaces it")
+    # Replacing deletes, so it must be something that prepare can make again.
+    if not (output / MANIFEST_FILE).is_file():
+        raise FileExistsError(
+            f"prepare: output {output} is not empty and no prepared corpus; it is not replaced"
+        )
+
+
+def _sample(
+    files: tuple[str, ...], sample_pairs: int, seed: int, progress: Progress
+) -> tuple[list[str], list[str], int]:
+    """Returns sources and targets of a uniform sample, in order, and the number of pairs read.
+
+    Every pair draws a number and those with the smallest stay, as many as both limits allow.
+    """
+    rng = np.random.default_rng(seed)
+    kept: list[tuple[float, int, str, str]] = []  # heap with the largest number on top, negated
+    size = 0
+    read = 0
+    for block in _blocks(read_pairs(*files)):
+        draws = rng.random(len(block)).tolist()
+        for draw, (source, target) in zip(draws, block, strict=True):
+            if source.strip() and target.strip():
+                full = len(kept) >= sample_pairs or size >= SAMPLE_BYTES
+                if not full or draw < -kept[0][0]:
+                    heapq.heappush(kept, (-draw, read, source, target))
+                    size += len(source.encode()) + len(target.encode())
+                while len(kept) > sample_pairs or (size > SAMPLE_BYTES and len(kept) > 1):
+                    _, _, source, target = heapq.heappop(kept)
+                    size -= len(source.encode()) + len(target.encode())
+            read += 1
+        progress("sample", read, None)
+    if not kept:
+        raise TextError(f"prepare: no pair of {' and '.join(files)} has text on both sides")
+    kept.sort(key=lambda item: item[1])
+    return [item[2] for item in kept], [item[3] for item in kept], read
+
+
+def _blocks(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Groups pairs into lists within BLOCK_PAIRS and, by a pair at most over, BLOCK_CHARACTERS."""
+    pairs = iter(pairs)
+    while block := list(islice(pairs, 64)):
+        characters = sum(len(source) + len(target) for source, target in block)
+        while len(block) < BLOCK_PAIRS and characters < BLOCK_CHARACTERS:
+            more = list(islice(pairs, 64))
+            if not more:
+                break
+            block += more
+            characters += sum(len(source) + len(target) for source, target in more)
+        yield block
+
+
+def _encode_split(
+    directory: Path,
+    name: str,
+    files: tuple[str, ...],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    max_ratio: float | None,
+    threads: int,
+    progress: Progress,
+    total: int | None,
+) -> SplitInfo:
+    with_text = name != "train"
+    skipped = Counter(empty=0, too_long=0, ratio=0)
+    lengths: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
+    unknown = [0, 0]
+    read = 0
+    with CorpusWriter(directory / f"{name}.arrow", with_text=with_text) as writer:
+        for block in _blocks(read_pairs(*files)):
+            read += len(block)
+            texts = [pair for pair in block if pair[0].strip() and pair[1].strip()]
+            skipped["empty"] += len(block) - len(texts)
+            encoded = zip(
+                tokenizer.encode_source([source for source, _ in texts], threads=threads),
+                tokenizer.encode_target([target for _, target in texts], threads=threads),
+                texts,
+                strict=True,
+            )
+            kept = []
+            for row in encoded:
+                short, long = sorted((len(row[0]), len(row[1])))
+                if short == 0:
+                    skipped["empty"] += 1
+                elif long > max_length:
+                    skipped["too_long"] += 1
+                elif max_ratio is not None and long > max_ratio * short:
+                    skipped["ratio"] += 1
+                else:
+                    kept.append(row)
+            for side in (0, 1):
+                lengths[side].update(len(row[side]) for row in kept)
+                unknown[side] += sum(row[side].count(UNK) for row in kept)
+            writer.write(
+                [row[0] for row in kept],
+                [row[1] for row in kept],
+                [row[2][0] for row in kept] if with_text else (),
+                [row[2][1] for row in kept] if with_text else (),
+            )
+            progress(f"encode {name}", read, total)
+    pairs = lengths[0].total()
+    if not pairs:
+        raise TextError(
+            f"prepare: no pair of {' and '.join(files)} is left for {name}: {read} read, "
+            f"{skipped['empty']} empty, {skipped['too_long']} too long, {skipped['ratio']} by ratio"
+        )
+    return SplitInfo(
+        file=f"{name}.arrow",
+        read=read,
+        pairs=pairs,
+        skipped=dict(skipped),
+        source_tokens=sum(length * count for length, count in lengths[0].items()),
+        target_tokens=sum(length * count for length, count in lengths[1].items()),
+        source_unknown=unknown[0],
+        target_unknown=unknown[1],
+        source_lengths={str(length): lengths[0][length] for length in sorted(lengths[0])},
+        target_lengths={str(length): lengths[1][length] for length in sorted(lengths[1])},
+        inputs={path: FileInfo.of(path) for path in files},
+    )
