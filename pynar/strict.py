@@ -53,8 +53,7 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], *, where: str | None = N
     if missing:
         raise ValueError(f"{where}: missing key `{missing[0]}`; the known ones are {known}")
     hints = typing.get_type_hints(cls)
-    values = {key: _convert(hints[key], value, f"{where}: `{key}`") for key, value in mapping.items()}
-    return cls(**values)
+    return cls(**{k: _convert(hints[k], v, f"{where}: `{k}`") for k, v in mapping.items()})
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
@@ -69,7 +68,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(arguments, value, where)
     if origin is typing.Literal:
         if value not in arguments:
-            raise ValueError(f"{where} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+            known = ", ".join(map(str, arguments))
+            raise ValueError(f"{where} must be one of {known}, got {value!r}")
         return value
     if origin is tuple:
         return _convert_tuple(arguments, value, where)

@@ -1,0 +1,7 @@
+"""Training: the loop, its configuration and its schedules."""
+
+from pynar.training.config import TrainingConfig
+from pynar.training.schedule import learning_rate
+from pynar.training.trainer import NonFiniteError, TrainingResult, train
+
+__all__ = ["NonFiniteError", "TrainingConfig", "TrainingResult", "learning_rate", "train"]

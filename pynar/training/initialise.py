@@ -1,0 +1,58 @@
+"""Starting a model from the weights of another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pynar import checkpoint
+
+__all__ = ["Initialised", "initialise"]
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """Which weights were taken, by name; why others were not; and which were left over."""
+
+    taken: list[str]
+    kept: dict[str, str]
+    unused: list[str]
+
+    def __str__(self) -> str:
+        total = len(self.taken) + len(self.kept)
+        text = f"{len(self.taken)} of {total} weights taken"
+        if self.kept:
+            text += "; left as they were: " + ", ".join(f"{n} ({w})" for n, w in self.kept.items())
+        if self.unused:
+            text += "; without use here: " + ", ".join(self.unused)
+        return text
+
+
+def initialise(model: nn.Module, directory: str | os.PathLike[str]) -> Initialised:
+    """Copies the weights of a checkpoint into those of `model` with the same name and shape.
+
+    So a non-autoregressive student takes encoder, decoder and embeddings of its teacher.
+
+    Raises:
+        ValueError: not a single weight fits.
+        CheckpointError: the checkpoint is damaged.
+    """
+    theirs: Mapping[str, Tensor] = checkpoint.load_weights(directory)
+    taken: list[str] = []
+    kept: dict[str, str] = {}
+    with torch.no_grad():
+        for name, weight in checkpoint.unique_tensors(model).items():
+            if name not in theirs:
+                kept[name] = "not there"
+            elif theirs[name].shape != weight.shape:
+                kept[name] = f"shape {list(theirs[name].shape)}, not {list(weight.shape)}"
+            else:
+                weight.copy_(theirs[name])
+                taken.append(name)
+    if not taken:
+        raise ValueError(f"`init_from`: no weight of {directory} has the name and shape of ours")
+    return Initialised(taken, kept, [name for name in theirs if name not in taken])

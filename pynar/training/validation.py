@@ -1,0 +1,115 @@
+"""Validation: the loss on all processes, and BLEU on the first."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import sacrebleu
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from pynar.data import Batches, Corpus, Tokenizer
+from pynar.training.config import TrainingConfig
+from pynar.training.seeds import VALIDATION, seeds
+from pynar.training.update import Updater
+
+__all__ = ["Figures", "Translate", "Validator"]
+
+Translate = Callable[[nn.Module, Tokenizer, Sequence[str]], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One validation: the mean of every loss term, their weighted sum, and BLEU if wanted."""
+
+    losses: dict[str, float]
+    loss: float
+    bleu: float | None
+
+    def score(self, metric: str) -> float:
+        """The chosen metric, so that higher is better; what is not a number is worst."""
+        value = self.bleu if metric == "bleu" else -self.loss
+        return -math.inf if value is None or math.isnan(value) else value
+
+
+class Validator:
+    """Measures a model on the validation split, always with the same noise.
+
+    Args:
+        translate: called on rank 0 with the model in evaluation mode, the tokenizer and source
+            sentences; returns their translations. None leaves BLEU out.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        config: TrainingConfig,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        translate: Translate | None,
+    ) -> None:
+        self._fabric, self._config = fabric, config
+        self._corpus, self._tokenizer, self._translate = corpus, tokenizer, translate
+        self._batches = Batches(
+            corpus,
+            max_tokens=config.validation_max_tokens or config.max_tokens,
+            shuffle=False,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+        )
+
+    def __call__(self, updater: Updater) -> Figures:
+        updater.module.eval()
+        try:
+            with torch.no_grad():
+                losses = self._losses(updater)
+                bleu = self._bleu(updater.model) if self._translate is not None else None
+        finally:
+            updater.module.train()
+        weights = updater.model.loss_weights
+        return Figures(losses, sum(weights[term] * loss for term, loss in losses.items()), bleu)
+
+    def _losses(self, updater: Updater) -> dict[str, float]:
+        device = self._fabric.device
+        totals = torch.zeros(2, len(updater.terms), dtype=torch.float64, device=device)
+        generator = torch.Generator(device)
+        for i, batch in enumerate(self._batches.epoch(0)):
+            place = (self._config.seed, VALIDATION, 0, self._fabric.global_rank)
+            noise, other = seeds(*place, i)
+            torch.manual_seed(other)
+            example = updater.model.corrupt(batch.to(device), generator.manual_seed(noise))
+            totals[0] += updater.forward(example)
+            totals[1] += updater.counts(example)
+        sums, counts = updater.reduce(totals).tolist()
+        means = [s / c if c else math.nan for s, c in zip(sums, counts, strict=True)]
+        return dict(zip(updater.terms, means, strict=True))
+
+    def _bleu(self, model: nn.Module) -> float:
+        bleu = self._measure(model) if self._fabric.is_global_zero else 0.0
+        return self._fabric.broadcast(bleu)
+
+    def _measure(self, model: nn.Module) -> float:
+        count = min(len(self._corpus), self._config.validation_sentences or len(self._corpus))
+        sources, references = self._text(count)
+        assert self._translate is not None
+        hypotheses = list(self._translate(model, self._tokenizer, sources))
+        if len(hypotheses) != count:
+            raise ValueError(
+                f"`translate` must return a translation a sentence, {count}, got {len(hypotheses)}"
+            )
+        return sacrebleu.corpus_bleu(hypotheses, [references]).score
+
+    def _text(self, count: int) -> tuple[list[str], list[str]]:
+        """Source and target of the first sentences; of the pieces where no text was kept."""
+        if self._corpus.has_text:
+            sources, references = zip(*(self._corpus.text(i) for i in range(count)), strict=True)
+            return list(sources), list(references)
+        pairs = list(itertools.islice(self._corpus, count))
+        return (
+            self._tokenizer.decode_source(pair[0].tolist() for pair in pairs),
+            self._tokenizer.decode_target(pair[1].tolist() for pair in pairs),
+        )
