@@ -1,0 +1,18 @@
+"""Decoding strategies: typed options and one signature, `decode(model, source, lengths)`."""
+
+from pynar.decoding.autoregressive import BeamSearch, Greedy, Sampling
+from pynar.decoding.hypotheses import Hypotheses
+from pynar.decoding.mask_predict import MaskPredict
+from pynar.decoding.translator import Strategy, Translation, Translator, strategy
+
+__all__ = [
+    "BeamSearch",
+    "Greedy",
+    "Hypotheses",
+    "MaskPredict",
+    "Sampling",
+    "Strategy",
+    "Translation",
+    "Translator",
+    "strategy",
+]

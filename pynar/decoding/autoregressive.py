@@ -1,0 +1,273 @@
+"""Left-to-right decoding: greedy search, beam search and sampling over a key/value cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pynar.decoding.hypotheses import Hypotheses
+from pynar.models.autoregressive import AutoregressiveTransformer
+from pynar.symbols import BOS, EOS, PAD
+
+__all__ = ["BeamSearch", "Greedy", "Sampling", "length_limits"]
+
+
+def _positive(owner: str, **options: float) -> None:
+    for name, value in options.items():
+        if value <= 0:
+            raise ValueError(f"{owner}: `{name}` must be positive, got {value}")
+
+
+def length_limits(source_lengths: Tensor, ratio: float, extra: int) -> Tensor:
+    """The most tokens (EOS counted) each sentence may produce, from its own length alone."""
+    return (source_lengths * ratio).long() + extra
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """The most probable token at every step; finished sentences leave the batch."""
+
+    max_ratio: float = 2.0
+    max_extra: int = 10
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        model: AutoregressiveTransformer,
+        source: Tensor,
+        source_lengths: Tensor,
+        *,
+        indices: Tensor | None = None,
+    ) -> Hypotheses:
+        """Decodes `source: [B, S]`; the score is the log-probability divided by the length."""
+        return _extend(
+            model,
+            source,
+            length_limits(source_lengths, self.max_ratio, self.max_extra),
+            model.encode(source, source_lengths),
+            lambda log_probs, step, live: log_probs.max(-1)[::-1],
+        )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Draws tokens from the model's distribution, or from its `top_k` most probable ones.
+
+    Every (seed, sentence, sample, step) has its own random number, so a draw depends on neither
+    the batch nor its order; `indices` names the sentences.
+    """
+
+    samples: int = 1
+    top_k: int = 0
+    temperature: float = 1.0
+    seed: int = 0
+    max_ratio: float = 2.0
+    max_extra: int = 10
+
+    def __post_init__(self) -> None:
+        _positive("Sampling", samples=self.samples, temperature=self.temperature)
+        if self.top_k < 0:
+            raise ValueError(f"Sampling: `top_k` must be 0 (off) or positive, got {self.top_k}")
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        model: AutoregressiveTransformer,
+        source: Tensor,
+        source_lengths: Tensor,
+        *,
+        indices: Tensor | None = None,
+    ) -> Hypotheses:
+        """Decodes `source: [B, S]`; samples come in order of their score, as in `Greedy`."""
+        sentences, n = source.shape[0], self.samples
+        names = range(sentences) if indices is None else indices.tolist()
+        limits = length_limits(source_lengths, self.max_ratio, self.max_extra)
+        steps = int(limits.max()) if sentences else 0
+        uniform = torch.from_numpy(
+            np.stack(
+                [
+                    np.random.default_rng((self.seed, int(name))).random((n, steps))
+                    for name in names
+                ]
+            ).reshape(-1, steps)
+            if sentences
+            else np.empty((0, 0))
+        ).to(source.device)
+
+        def draw(log_probs: Tensor, step: int, live: Tensor) -> tuple[Tensor, Tensor]:
+            scaled, token = log_probs / self.temperature, None
+            if self.top_k:
+                scaled, token = scaled.topk(min(self.top_k, scaled.shape[-1]), -1)
+            cumulative = scaled.double().softmax(-1).cumsum(-1)
+            point = uniform[live, step, None] * cumulative[:, -1:]
+            choice = torch.searchsorted(cumulative, point, right=True)
+            choice = choice.clamp(max=cumulative.shape[-1] - 1)
+            token = choice if token is None else token.gather(1, choice)
+            return token[:, 0], log_probs.gather(1, token)[:, 0]
+
+        memory = model.encode(source, source_lengths)
+        rows = torch.arange(sentences, device=source.device).repeat_interleave(n)
+        flat = _extend(model, source, limits[rows], memory.select(rows), draw)
+        scores, order = flat.scores.view(sentences, n).sort(1, descending=True, stable=True)
+        width = flat.tokens.shape[-1]
+        tokens = flat.tokens.view(sentences, n, width)
+        return Hypotheses(
+            tokens.gather(1, order[..., None].expand(-1, -1, width)),
+            flat.lengths.view(sentences, n).gather(1, order),
+            scores,
+            flat.passes.view(sentences, n).amax(1),
+        )
+
+
+def _extend(model, source, limits, memory, choose) -> Hypotheses:
+    """Extends one prefix a row by `choose(log_probs, step, live rows) -> token, log_prob`."""
+    rows = len(limits)
+    live = torch.arange(rows, device=source.device)
+    tokens = source.new_full((rows, int(limits.max()) if rows else 0), PAD)
+    lengths = torch.zeros_like(limits)
+    scores = torch.zeros(rows, device=source.device)
+    cache = model.decoder.cache(rows, memory.states)
+    last = source.new_full((rows,), BOS)
+    for step in range(tokens.shape[1]):
+        log_probs = model.step(last, memory, cache)
+        at_limit = step + 1 >= limits[live]
+        last, gained = choose(log_probs, step, live)
+        # The last allowed token is the end of the sentence, at its own price.
+        last = torch.where(at_limit, EOS, last)
+        gained = torch.where(at_limit, log_probs[:, EOS], gained)
+        tokens[live, step] = last
+        scores[live] += gained
+        lengths[live] = step + 1
+        keep = (last != EOS).nonzero()[:, 0]
+        if len(keep) < len(live):
+            if not len(keep):
+                break
+            live, last, memory = live[keep], last[keep], memory.select(keep)
+            cache.select(keep)
+    tokens = tokens.masked_fill(tokens == EOS, PAD)
+    width = int(lengths.max()) - 1 if rows else 0
+    return Hypotheses(
+        tokens[:, None, :width],
+        (lengths - 1)[:, None],
+        (scores / lengths.clamp(min=1))[:, None],
+        lengths,
+    )
+
+
+@dataclass(frozen=True)
+class BeamSearch:
+    """Beam search with length-normalised scores, log p(y | x) / |y|^length_penalty.
+
+    |y| counts the EOS. A sentence is finished when `beam` hypotheses have ended (`early_stop`), or
+    when no live hypothesis can still beat the worst of them; finished sentences leave the batch.
+    """
+
+    beam: int = 5
+    length_penalty: float = 1.0
+    n_best: int = 1
+    early_stop: bool = True
+    max_ratio: float = 2.0
+    max_extra: int = 10
+
+    def __post_init__(self) -> None:
+        _positive("BeamSearch", beam=self.beam, n_best=self.n_best)
+        if self.n_best > self.beam:
+            raise ValueError(
+                f"BeamSearch: `n_best` must be at most `beam` ({self.beam}), got {self.n_best}"
+            )
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        model: AutoregressiveTransformer,
+        source: Tensor,
+        source_lengths: Tensor,
+        *,
+        indices: Tensor | None = None,
+    ) -> Hypotheses:
+        """Decodes `source: [B, S]` to the `n_best` hypotheses of every sentence."""
+        device, beam, sentences = source.device, self.beam, source.shape[0]
+        limits = length_limits(source_lengths, self.max_ratio, self.max_extra)
+        longest = int(limits.max()) if sentences else 1
+        # Finished hypotheses, worst replaced first; -inf marks a free place.
+        done_scores = torch.full((sentences, beam), -torch.inf, device=device)
+        done_tokens = source.new_full((sentences, beam, longest), PAD)
+        done_lengths = torch.zeros(sentences, beam, dtype=torch.long, device=device)
+        passes = torch.zeros_like(limits)
+
+        live = torch.arange(sentences, device=device)
+        memory = model.encode(source, source_lengths)
+        cache = model.decoder.cache(sentences * beam, memory.states)
+        prefix = source.new_full((sentences, beam, longest), PAD)
+        # All rows begin alike, so only the first may be extended.
+        totals = torch.full((sentences, beam), -torch.inf, device=device)
+        totals[:, 0] = 0.0
+        last = source.new_full((sentences * beam,), BOS)
+        for step in range(longest):
+            if not len(live):
+                break
+            log_probs = model.step(last, memory, cache).view(len(live), beam, -1)
+            vocabulary = log_probs.shape[-1]
+            at_limit = step + 1 >= limits[live]
+            if at_limit.any():
+                only_end = torch.full_like(log_probs, -torch.inf)
+                only_end[..., EOS] = log_probs[..., EOS]
+                log_probs = torch.where(at_limit[:, None, None], only_end, log_probs)
+            # At most `beam` of the best 2 * beam extensions end, so `beam` go on.
+            score, flat = (totals[..., None] + log_probs).flatten(1).topk(2 * beam, -1)
+            parent, token = flat // vocabulary, flat % vocabulary
+            ends = token == EOS
+
+            ended = torch.where(ends, score / (step + 1) ** self.length_penalty, -torch.inf)
+            # Only an end among the best `beam` counts: behind them, live ones are preferred.
+            ended[:, beam:] = -torch.inf
+            pool = torch.cat([done_scores[live], ended], 1)
+            kept, place = pool.topk(beam, -1)
+            written = torch.cat(
+                [done_tokens[live], prefix.gather(1, _expand(parent, longest))], 1
+            )
+            done_scores[live] = kept
+            done_tokens[live] = written.gather(1, _expand(place, longest))
+            lengths = torch.cat([done_lengths[live], torch.full_like(parent, step)], 1)
+            done_lengths[live] = lengths.gather(1, place)
+            passes[live] = step + 1
+
+            order = torch.where(ends, 2 * beam, 0) + torch.arange(2 * beam, device=device)
+            going = order.topk(beam, -1, largest=False, sorted=True).indices
+            totals = torch.where(ends, -torch.inf, score).gather(1, going)
+            parent, last = parent.gather(1, going), token.gather(1, going)
+            prefix = prefix.gather(1, _expand(parent, longest))
+            prefix[:, :, step] = last
+
+            finished = at_limit | self._finished(kept, totals, step, limits[live])
+            keep = (~finished).nonzero()[:, 0]
+            rows = torch.arange(len(live), device=device)[:, None] * beam + parent
+            if len(keep) < len(live):
+                live, memory = live[keep], memory.select(keep)
+                totals, prefix, last, rows = totals[keep], prefix[keep], last[keep], rows[keep]
+            cache.select(rows.flatten())
+            last = last.flatten()
+        width = int(done_lengths.max()) if sentences else 0
+        return Hypotheses(
+            done_tokens[:, : self.n_best, :width],
+            done_lengths[:, : self.n_best],
+            done_scores[:, : self.n_best],
+            passes,
+        )
+
+    def _finished(self, ended: Tensor, totals: Tensor, step: int, limits: Tensor) -> Tensor:
+        """Whether no live hypothesis matters any more, `[B]`."""
+        if self.early_stop:
+            return ended[:, -1] > -torch.inf
+        # A log-probability only falls, so the best score still possible divides by the most
+        # favourable length.
+        best = totals[:, 0]
+        longest = limits.to(best.dtype) if self.length_penalty > 0 else step + 2
+        return ended[:, -1] >= best / longest**self.length_penalty
+
+
+def _expand(index: Tensor, width: int) -> Tensor:
+    return index[..., None].expand(-1, -1, width)

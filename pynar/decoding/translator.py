@@ -1,0 +1,244 @@
+"""Text in, text out: a model, its tokenizer and a decoding strategy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pynar.data.tokenizer import Tokenizer
+from pynar.decoding.autoregressive import BeamSearch, Greedy, Sampling
+from pynar.decoding.hypotheses import Hypotheses
+from pynar.decoding.mask_predict import MaskPredict
+from pynar.models import TranslationModel
+from pynar.strict import from_dict
+from pynar.symbols import EOS, PAD
+
+__all__ = ["STRATEGIES", "Strategy", "Translation", "Translator", "strategy"]
+
+_SENTENCE_END = re.compile(r"[.!?;:,]$")
+
+
+class Strategy(Protocol):
+    """A decoding strategy: typed options and this one method."""
+
+    def decode(
+        self,
+        model: Any,
+        source: Tensor,
+        source_lengths: Tensor,
+        *,
+        indices: Tensor | None = None,
+    ) -> Hypotheses: ...
+
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "beam": BeamSearch,
+    "greedy": Greedy,
+    "sampling": Sampling,
+    "mask_predict": MaskPredict,
+}
+
+
+def strategy(
+    model: TranslationModel, name: str | None = None, options: dict[str, Any] | None = None
+) -> Strategy:
+    """Makes the named strategy, or the model's first one, with `options`.
+
+    Raises:
+        ValueError: a strategy that the model does not have, or an option that the strategy does
+            not have; both list what there is.
+    """
+    chosen = model.strategies[0] if name is None else name
+    if chosen not in model.strategies:
+        raise ValueError(
+            f"`strategy` of a {model.name} model must be one of "
+            f"{', '.join(model.strategies)}, got {chosen!r}"
+        )
+    return from_dict(STRATEGIES[chosen], {**model.decoding_defaults, **(options or {})})
+
+
+@dataclass(frozen=True)
+class Translation:
+    """One line's result. `alternatives` are the n best texts with their scores, best first."""
+
+    text: str
+    score: float
+    passes: int
+    alternatives: list[tuple[str, float]] = field(default_factory=list)
+    trace: list[str] = field(default_factory=list)
+
+
+class Translator:
+    """Translates lines of text with one model: `Translator(model, tokenizer).translate(lines)`.
+
+    Lines are sorted by length and batched by tokens; results come back in order and do not
+    depend on the batch. Empty lines stay empty.
+    """
+
+    def __init__(self, model: TranslationModel, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> Translator:
+        self.model.to(device)
+        return self
+
+    def translate(
+        self, lines: Sequence[str], strategy: Strategy | str | None = None, **options: Any
+    ) -> list[str]:
+        """The best translation of every line.
+
+        `strategy` is an object, a name, or None for the model's own; `options` are the fields of
+        the strategy (`iterations=4`, `beam=5`, ...), checked as strictly as if they were written
+        in its constructor.
+
+        Example: `pynar.load("runs/cmlm/best").translate(["Guten Tag."], iterations=4)`
+        """
+        return [result.text for result in self.decode(lines, strategy, options=options)]
+
+    def decode(
+        self,
+        lines: Sequence[str],
+        strategy: Strategy | str | None = None,
+        *,
+        options: dict[str, Any] | None = None,
+        max_tokens: int = 4096,
+        max_source_tokens: int = 200,
+        on_long: str = "split",
+    ) -> list[Translation]:
+        """Translations with scores, alternatives and passes.
+
+        Lines of more than `max_source_tokens` are cut at punctuation or spaces and translated
+        piecewise (`on_long="split"`), or refused (`"error"`, which names the line).
+        """
+        if isinstance(lines, str):
+            raise ValueError("`lines` must be a sequence of strings, got one string")
+        if on_long not in ("split", "error"):
+            raise ValueError(f"`on_long` must be one of split, error, got {on_long!r}")
+        if max_tokens < 1 or max_source_tokens < 1:
+            raise ValueError("`max_tokens` and `max_source_tokens` must be positive")
+        decoding = self.strategy(strategy, options)
+        pieces: list[list[int]] = []
+        owners: list[int] = []
+        for number, line in enumerate(lines):
+            for ids in self._pieces(line, number, max_source_tokens, on_long):
+                pieces.append(ids)
+                owners.append(number)
+        parts: list[list[Translation]] = [[] for _ in lines]
+        results: list[Translation | None] = [None] * len(pieces)
+        for batch in _batches([len(piece) for piece in pieces], max_tokens):
+            decoded = self._decode_batch([pieces[i] for i in batch], batch, decoding)
+            for i, result in zip(batch, decoded, strict=True):
+                results[i] = result
+        for owner, result in zip(owners, results, strict=True):
+            parts[owner].append(result)
+        return [_join(part) for part in parts]
+
+    def strategy(
+        self, chosen: Strategy | str | None = None, options: dict[str, Any] | None = None
+    ) -> Strategy:
+        """The strategy that `translate` would use for these arguments."""
+        if chosen is None or isinstance(chosen, str):
+            return strategy(self.model, chosen, options)
+        if options:
+            raise ValueError(
+                f"options belong into the strategy object, got {', '.join(options)} beside one"
+            )
+        return chosen
+
+    def batch(self, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids as `source: [B, S]` with EOS, and `lengths: [B]`, on the model's device."""
+        lengths = torch.tensor([len(ids) + 1 for ids in sources])
+        source = torch.full((len(sources), int(lengths.max())), PAD)
+        for row, ids in zip(source, sources, strict=True):
+            row[: len(ids) + 1] = torch.tensor([*ids, EOS])
+        return source.to(self.device), lengths.to(self.device)
+
+    def _decode_batch(
+        self, sources: list[list[int]], names: list[int], decoding: Strategy
+    ) -> list[Translation]:
+        source, lengths = self.batch(sources)
+        hypotheses = decoding.decode(self.model, source, lengths, indices=torch.tensor(names))
+        text = self.tokenizer.decode_target
+        texts = [text(rows) for rows in hypotheses.lists()]
+        scores, passes = hypotheses.scores.tolist(), hypotheses.passes.tolist()
+        traces = [self._trace(hypotheses, row) for row in range(len(sources))]
+        return [
+            Translation(t[0], s[0], p, list(zip(t, s, strict=True)), trace)
+            for t, s, p, trace in zip(texts, scores, passes, traces, strict=True)
+        ]
+
+    def _trace(self, hypotheses: Hypotheses, row: int) -> list[str]:
+        length = int(hypotheses.lengths[row, 0]) if hypotheses.trace else 0
+        piece = self.tokenizer.target.id_to_piece
+        return [
+            " ".join(piece(i) for i in state[row, :length].tolist()) for state in hypotheses.trace
+        ]
+
+    def _pieces(self, line: str, number: int, limit: int, on_long: str) -> Iterator[list[int]]:
+        ids = self.tokenizer.encode_source([line])[0]
+        if len(ids) <= limit:
+            if ids:
+                yield ids
+            return
+        if on_long == "error":
+            raise ValueError(
+                f"line {number + 1} has {len(ids)} tokens, more than `max_source_tokens` "
+                f"({limit}); split it, or ask for on_long='split'"
+            )
+        yield from self._split(line, limit)
+
+    def _split(self, line: str, limit: int) -> Iterator[list[int]]:
+        """Cuts at the last punctuation within the limit, else at the last space, else anywhere."""
+        words = line.split()
+        sizes = [len(ids) for ids in self.tokenizer.encode_source(words)]
+        start = 0
+        while start < len(words):
+            stop, total = start, 0
+            while stop < len(words) and (total + sizes[stop] <= limit or stop == start):
+                total += sizes[stop]
+                stop += 1
+            if stop < len(words):
+                ends = [i for i in range(start, stop) if _SENTENCE_END.search(words[i])]
+                # A cut in the first half would make more and shorter pieces than needed.
+                if ends and ends[-1] - start >= (stop - start) // 2:
+                    stop = ends[-1] + 1
+            ids = self.tokenizer.encode_source([" ".join(words[start:stop])])[0]
+            # Only a single word can still be too long, or a piece by a token at its seams.
+            for offset in range(0, len(ids), limit):
+                yield ids[offset : offset + limit]
+            start = stop
+
+
+def _batches(sizes: list[int], max_tokens: int) -> Iterator[list[int]]:
+    """Groups similar sizes so that rows x longest stays within `max_tokens`; longest first."""
+    batch: list[int] = []
+    width = 0
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        width = width or sizes[index] + 1
+        if batch and (len(batch) + 1) * width > max_tokens:
+            yield batch
+            batch, width = [], sizes[index] + 1
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _join(parts: list[Translation]) -> Translation:
+    """One line's translation from those of its pieces."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return Translation("", 0.0, 0)
+    text = " ".join(part.text for part in parts)
+    score = sum(part.score for part in parts) / len(parts)
+    passes = sum(part.passes for part in parts)
+    return Translation(text, score, passes, [(text, score)])

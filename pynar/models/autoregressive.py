@@ -1,0 +1,63 @@
+"""The autoregressive Transformer: teacher, baseline and rescorer (Vaswani et al. 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pynar.data.batching import Batch
+from pynar.models.base import Example, TransformerConfig, TranslationModel
+from pynar.symbols import BOS, EOS, PAD
+
+__all__ = ["AutoregressiveConfig", "AutoregressiveTransformer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoregressiveConfig(TransformerConfig):
+    pass
+
+
+class AutoregressiveTransformer(TranslationModel):
+    """Predicts y_t from x and y_<t; decoded by greedy search, beam search or sampling."""
+
+    Config: ClassVar[type[TransformerConfig]] = AutoregressiveConfig
+    name = "autoregressive"
+    strategies = ("beam", "greedy", "sampling")
+
+    def corrupt(self, batch: Batch, generator: torch.Generator) -> Example:
+        """Shifts the target: inputs `<s> y`, labels `y </s>`."""
+        inputs = F.pad(batch.target, (1, 0), value=BOS)
+        labels = F.pad(batch.target, (0, 1), value=PAD)
+        labels = labels.scatter(1, batch.target_lengths[:, None], EOS)
+        return Example(batch, inputs, labels, {"token": (labels != PAD).sum()})
+
+    def forward(self, example: Example) -> dict[str, Tensor]:
+        memory = self.encode(example.batch.source, example.batch.source_lengths)
+        states = self.decoder(self.dropout(self.target_embedding(example.inputs)), memory)
+        return {"token": self._token_loss(states, example.labels)}
+
+    def score(
+        self, source: Tensor, source_lengths: Tensor, target: Tensor, target_lengths: Tensor
+    ) -> Tensor:
+        """Log-probability `[B]` of each `target: [B, T]` (no BOS, no EOS) including its EOS."""
+        batch = Batch(source, source_lengths, target, target_lengths, target_lengths)
+        example = self.corrupt(batch, torch.Generator(target.device))
+        memory = self.encode(source, source_lengths)
+        states = self.decoder(self.target_embedding(example.inputs), memory)
+        log_probs = self.log_probs(states).gather(-1, example.labels[..., None])[..., 0]
+        return log_probs.masked_fill(example.labels == PAD, 0.0).sum(-1)
+
+    def log_probs(self, states: Tensor) -> Tensor:
+        """Next-token log-probabilities in fp32; symbols that are never produced have none."""
+        logits = self.logits(states).float()
+        logits[..., self.banned] = -torch.inf
+        return logits.log_softmax(-1)
+
+    def step(self, tokens: Tensor, memory, cache) -> Tensor:
+        """Log-probabilities `[N, V]` of the token after `tokens: [N]`, advancing the cache."""
+        x = self.target_embedding(tokens[:, None], start=cache.position)
+        return self.log_probs(self.decoder.step(x, memory, cache)[:, 0])

@@ -1,0 +1,94 @@
+"""The conditional masked language model (Ghazvininejad et al. 2019): MaskT, Mask-Predict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pynar.data.batching import Batch
+from pynar.models.base import Example, TransformerConfig, TranslationModel
+from pynar.nn.attention import padding_mask
+from pynar.nn.length import LengthPredictor
+from pynar.nn.transformer import Memory
+from pynar.symbols import BOS, EOS, MASK, PAD
+
+__all__ = ["CMLM", "CMLMConfig", "uniform_masking"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CMLMConfig(TransformerConfig):
+    length_kind: str = "absolute"
+    length_classes: int = 256
+    length_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.length_kind not in LengthPredictor.KINDS:
+            raise ValueError(
+                f"`length_kind` must be one of {', '.join(LengthPredictor.KINDS)}, "
+                f"got {self.length_kind!r}"
+            )
+        if self.length_classes < 1:
+            raise ValueError(f"`length_classes` must be positive, got {self.length_classes}")
+
+
+def uniform_masking(target: Tensor, lengths: Tensor, generator: torch.Generator) -> Tensor:
+    """Chooses which tokens to mask, boolean `[B, T]`: K of n, K uniform in 1 ... n.
+
+    K and the places are drawn a sentence at a time (Ghazvininejad et al. 2019, section 3.2).
+    """
+    device = target.device
+    live = padding_mask(lengths, target.shape[1])[:, 0, 0]
+    draw = torch.rand(target.shape, generator=generator, device=device)
+    order = draw.masked_fill(~live, 2.0).argsort(1).argsort(1)
+    share = torch.rand(target.shape[0], generator=generator, device=device, dtype=torch.float64)
+    count = (share * lengths).floor() + 1
+    return (order < count[:, None]) & live
+
+
+class CMLM(TranslationModel):
+    """Predicts masked tokens from the source and the other tokens, all at once."""
+
+    Config: ClassVar[type[TransformerConfig]] = CMLMConfig
+    name = "cmlm"
+    strategies = ("mask_predict",)
+    banned = (PAD, BOS, EOS, MASK)
+
+    config: CMLMConfig
+
+    def __init__(self, config: CMLMConfig) -> None:
+        super().__init__(config)
+        self.length = LengthPredictor(
+            config.dim, kind=config.length_kind, classes=config.length_classes
+        )
+        self.length.apply(self._initialise)
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return {"token": 1.0, "length": self.config.length_weight}
+
+    def corrupt(self, batch: Batch, generator: torch.Generator) -> Example:
+        masked = uniform_masking(batch.target, batch.target_lengths, generator)
+        return self._example(batch, masked)
+
+    def _example(self, batch: Batch, masked: Tensor) -> Example:
+        inputs = batch.target.masked_fill(masked, MASK)
+        labels = batch.target.masked_fill(~masked, PAD)
+        sentences = torch.tensor(batch.target.shape[0], device=labels.device)
+        return Example(batch, inputs, labels, {"token": masked.sum(), "length": sentences})
+
+    def forward(self, example: Example) -> dict[str, Tensor]:
+        batch = example.batch
+        memory = self.encode(batch.source, batch.source_lengths)
+        states = self.decode(example.inputs, batch.target_lengths, memory)
+        return {
+            "token": self._token_loss(states, example.labels),
+            "length": self.length.loss(memory.states, memory.lengths, batch.target_lengths),
+        }
+
+    def decode(self, tokens: Tensor, lengths: Tensor, memory: Memory) -> Tensor:
+        """Decoder states `[B * n, T, C]` of partially masked `tokens: [B * n, T]`."""
+        return self.decoder(self.dropout(self.target_embedding(tokens)), memory, lengths)

@@ -1,0 +1,70 @@
+"""The vanilla non-autoregressive Transformer (Gu et al. 2018): one pass, every token at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pynar.data.batching import Batch
+from pynar.models.base import Example, TransformerConfig
+from pynar.models.cmlm import CMLM, CMLMConfig
+from pynar.nn.attention import padding_mask
+from pynar.nn.transformer import Memory
+
+__all__ = ["VanillaNAT", "VanillaNATConfig", "uniform_copy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VanillaNATConfig(CMLMConfig):
+    """`decoder_input`: "copy" as in the paper; "mask" as in the released recipes."""
+
+    decoder_input: str = "copy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decoder_input not in ("copy", "mask"):
+            raise ValueError(
+                f"`decoder_input` must be one of copy, mask, got {self.decoder_input!r}"
+            )
+
+
+def uniform_copy(source_lengths: Tensor, target_lengths: Tensor, width: int) -> Tensor:
+    """The source position each target position copies, int64 `[B, width]`.
+
+    Target t of T takes source round(t (S - 1) / (T - 1)); halves are rounded up, and a target of
+    one token takes the first source token.
+    """
+    t = torch.arange(width, device=source_lengths.device)
+    last_source = (source_lengths - 1)[:, None]
+    last_target = (target_lengths - 1).clamp(min=1)[:, None]
+    index = (2 * t * last_source + last_target) // (2 * last_target)
+    return index.clamp(max=last_source)
+
+
+class VanillaNAT(CMLM):
+    """Decodes from uniformly copied source embeddings; no target token is ever an input."""
+
+    Config: ClassVar[type[TransformerConfig]] = VanillaNATConfig
+    name = "nat"
+    decoding_defaults = {"iterations": 1}
+
+    config: VanillaNATConfig
+
+    def corrupt(self, batch: Batch, generator: torch.Generator) -> Example:
+        live = padding_mask(batch.target_lengths, batch.target.shape[1])[:, 0, 0]
+        return self._example(batch, live)
+
+    def decode(self, tokens: Tensor, lengths: Tensor, memory: Memory) -> Tensor:
+        if self.config.decoder_input == "mask":
+            return super().decode(tokens, lengths, memory)
+        rows = tokens.shape[0] // max(memory.lengths.shape[0], 1)
+        # The source's EOS has no counterpart in a target without one.
+        source_lengths = (memory.lengths - 1).clamp(min=1).repeat_interleave(rows)
+        index = uniform_copy(source_lengths, lengths, tokens.shape[1])
+        sentence = torch.arange(len(memory.lengths), device=tokens.device)
+        copied = memory.embedded[sentence.repeat_interleave(rows)[:, None], index]
+        x = copied + self.target_embedding.positions(0, tokens.shape[1])
+        return self.decoder(self.dropout(x), memory, lengths)
