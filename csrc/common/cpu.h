@@ -1,0 +1,46 @@
+// Which instruction set the CPU kernels use, chosen at run time.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace pynar {
+
+enum class Isa { kGeneric, kAvx2, kAvx512 };
+
+// The widest one that was compiled and that this processor and its system support, unless
+// set_isa() chose another.
+Isa isa();
+
+const char* isa_name(Isa isa);
+
+// Those that can be chosen here, narrowest first.
+std::vector<Isa> available_isas();
+
+// Throws std::invalid_argument, listing the choices, for a name that is not among available_isas().
+void set_isa(const std::string& name);
+
+}  // namespace pynar
+
+// Declares a kernel that each instruction set defines in its own namespace, see csrc/README.md.
+#if defined(__x86_64__)
+#define PYNAR_DECLARE_KERNEL(declaration) \
+  namespace generic {                     \
+  declaration;                            \
+  }                                       \
+  namespace avx2 {                        \
+  declaration;                            \
+  }                                       \
+  namespace avx512 {                      \
+  declaration;                            \
+  }
+#define PYNAR_SELECT_KERNEL(name)                     \
+  (::pynar::isa() == ::pynar::Isa::kAvx512 ? avx512::name : \
+   ::pynar::isa() == ::pynar::Isa::kAvx2   ? avx2::name   : generic::name)
+#else
+#define PYNAR_DECLARE_KERNEL(declaration) \
+  namespace generic {                     \
+  declaration;                            \
+  }
+#define PYNAR_SELECT_KERNEL(name) (generic::name)
+#endif

@@ -1,0 +1,82 @@
+// What the host file of an operator needs: tensors and checks, dispatch over element types, and the
+// form in which its bound function is declared.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/scalar.h"
+#include "common/tensor.h"
+
+namespace pynar {
+
+// Calls body.operator()<T>() for the storage type T of a floating dtype.
+template <typename Body>
+auto dispatch_floating(DataType dtype, const Body& body) {
+  if (dtype == kFloat64) return body.template operator()<double>();
+  if (dtype == kBFloat16) return body.template operator()<BFloat16>();
+  if (dtype == kFloat16) return body.template operator()<Half>();
+  return body.template operator()<float>();
+}
+
+// How kernel template arguments are spelled in a LaunchPlan.
+template <typename T>
+constexpr const char* kTypeName = nullptr;
+template <>
+inline constexpr const char* kTypeName<float> = "float";
+template <>
+inline constexpr const char* kTypeName<double> = "double";
+template <>
+inline constexpr const char* kTypeName<BFloat16> = "pynar::BFloat16";
+template <>
+inline constexpr const char* kTypeName<Half> = "pynar::Half";
+
+struct KernelLaunch {
+  std::string kernel;  // as C++ names it, template arguments included
+  int64_t blocks;
+  int64_t threads;
+};
+
+// What an operator on a GPU comes to when its kernels were not compiled ahead of time: data from
+// which pynar/ops/_nvrtc.py compiles and launches them. Every kernel of an operator takes one
+// argument, its parameter struct, whose fields are all eight bytes wide.
+struct LaunchPlan {
+  std::string source;  // below csrc/
+  std::vector<KernelLaunch> kernels;
+  std::string parameters;  // the bytes of the struct
+  int64_t stream;
+  int64_t device;
+
+  template <typename Params>
+  LaunchPlan(std::string source_file, const Params& params, const Tensor& tensor)
+      : source(std::move(source_file)),
+        parameters(reinterpret_cast<const char*>(&params), sizeof(params)),
+        stream(reinterpret_cast<int64_t>(tensor.stream())),
+        device(tensor.device().index) {
+    static_assert(sizeof(Params) % 8 == 0 && alignof(Params) == 8);
+  }
+
+  // Adds the kernel pynar::name<T, threads>.
+  template <typename T>
+  void add(const std::string& name, int64_t threads, int64_t blocks) {
+    const std::string arguments = std::string(kTypeName<T>) + ", " + std::to_string(threads);
+    kernels.push_back({"pynar::" + name + "<" + arguments + ">", blocks, threads});
+  }
+};
+
+// Whether to take the NVRTC route although the kernels were compiled ahead of time; for tests.
+bool use_nvrtc();
+void set_use_nvrtc(bool value);
+
+// The operators. Each fills its outputs and returns nothing, or returns what remains to be launched.
+int64_t mask_predict_step_workspace(int64_t batch, int64_t steps, int64_t vocabulary,
+                                    int64_t element_size);
+std::optional<LaunchPlan> mask_predict_step(const Tensor& logits, const Tensor& tokens,
+                                            const Tensor& scores, const Tensor& lengths,
+                                            const Tensor& num_masked, const Tensor& new_tokens,
+                                            const Tensor& new_scores,
+                                            const std::optional<Tensor>& workspace);
+
+}  // namespace pynar

@@ -1,0 +1,96 @@
+"""Registration of an operator with PyTorch, and which implementation serves it where."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pynar import _backend
+from pynar.ops import _nvrtc
+
+__all__ = ["OPERATORS", "Implementation", "Operator"]
+
+_LIBRARY = torch.library.Library("pynar", "FRAGMENT")
+
+OPERATORS: dict[str, Operator] = {}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What serves an operator on one kind of device."""
+
+    name: str  # "extension", "nvrtc" or "reference"
+    reason: str = ""  # why it is none of the faster ones
+
+
+@functools.lru_cache(maxsize=None)
+def implementation(device_type: str) -> Implementation:
+    """Chooses for all operators alike: every one comes with all implementations."""
+    module = _backend.extension()
+    if module is None:
+        return Implementation("reference", _backend.why_not_extension())
+    if device_type == "cpu":
+        return Implementation("extension")
+    if device_type == "cuda":
+        if module.build_info()["cuda"] is not None:
+            return Implementation("extension")
+        reason = "the extension was built without nvcc"
+        why_not = _nvrtc.why_not()
+        if not why_not:
+            return Implementation("nvrtc", reason)
+        return Implementation("reference", f"{reason}, and {why_not}")
+    return Implementation("reference", f"there is no kernel for {device_type}")
+
+
+class Operator:
+    """A `torch.library` operator `pynar::name`.
+
+    `native` is called with the extension and the operator's arguments, `reference` with the
+    arguments alone; `fake` gives shapes, dtypes and layout to FakeTensor and the compiler.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        native: Callable[..., Any],
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self.native = native
+        self.reference = reference
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(self.name, self._kernel("cpu"), "CPU")
+        _LIBRARY.impl(self.name, self._kernel("cuda"), "CUDA")
+        torch.library.register_fake(f"pynar::{self.name}", fake, lib=_LIBRARY)
+        self.call = getattr(torch.ops.pynar, self.name).default
+        OPERATORS[self.name] = self
+
+    def _kernel(self, device_type: str) -> Callable[..., Any]:
+        """Returns the function for a dispatch key; it is the chosen implementation itself."""
+        chosen = implementation(device_type)
+        if chosen.name != "reference":
+            return functools.partial(self.native, _backend.extension())
+        if "PYNAR_DISABLE_EXT" in chosen.reason:
+            return self.reference
+
+        def loud_reference(*args: Any) -> Any:
+            _warn_once(device_type, chosen.reason)
+            return self.reference(*args)
+
+        return loud_reference
+
+
+@functools.lru_cache(maxsize=None)
+def _warn_once(device_type: str, reason: str) -> None:
+    warnings.warn(
+        f"pynar operators run as PyTorch references on {device_type}: {reason}. "
+        "`pynar info` shows what runs where.",
+        stacklevel=4,
+    )

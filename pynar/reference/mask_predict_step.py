@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pynar.symbols import BOS, EOS, MASK, PAD, UNK
+
+__all__ = ["mask_predict_step"]
+
+
+def mask_predict_step(
+    logits: Tensor, tokens: Tensor, scores: Tensor, lengths: Tensor, num_masked: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Fills the masked slots of each sentence, then masks the least certain ones again.
+
+    The definition of :func:`pynar.ops.mask_predict_step`, in plain PyTorch: the same arguments, the
+    same results. Computes in float32, or in float64 for float64 logits.
+    """
+    steps = logits.shape[1]
+    log_probs = logits.to(scores.dtype)
+    excluded = torch.tensor([PAD, MASK], device=logits.device)
+    log_probs = log_probs.index_fill(-1, excluded, -torch.inf).log_softmax(-1)
+    best_scores, best_tokens = log_probs.max(-1)
+    # NaN: the row has no distribution (a NaN or +inf in it, or -inf throughout).
+    best_tokens = best_tokens.masked_fill(best_scores.isnan(), UNK)
+
+    position = torch.arange(steps, device=logits.device)
+    live = position < lengths[:, None]
+    masked = live & (tokens == MASK)
+    new_tokens = torch.where(masked, best_tokens, tokens)
+    new_scores = torch.where(masked, best_scores, scores)
+
+    candidate = live & (tokens != PAD) & (tokens != BOS) & (tokens != EOS)
+    # Two stable sorts order by (is no candidate, score, position); the inverse of the permutation
+    # is each slot's rank.
+    order = new_scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    order = order.argsort(dim=1, stable=True)
+    order = order.gather(1, (~candidate).gather(1, order).to(torch.int8).argsort(1, stable=True))
+    rank = order.argsort(dim=1)
+    masked_again = candidate & (rank < num_masked[:, None])
+
+    new_tokens = new_tokens.masked_fill(masked_again, MASK).masked_fill(~live, PAD)
+    new_scores = new_scores.masked_fill(~live, 0)
+    return new_tokens, new_scores
