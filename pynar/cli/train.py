@@ -1,0 +1,66 @@
+"""`pynar train`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch import nn
+
+from pynar.checkpoint import read_config
+from pynar.data import Tokenizer
+from pynar.decoding import Translator
+from pynar.models import build
+from pynar.recipes import load_recipe, recipe_names
+from pynar.strict import from_dict
+from pynar.training import TrainingConfig, train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", required=True, help=f"{', '.join(recipe_names())}, or a file")
+    parser.add_argument("--data", required=True, help="directory written by `pynar prepare`")
+    parser.add_argument("--output", required=True, help="directory of the run")
+    parser.add_argument("--init-from", help="checkpoint to begin with, where weights agree")
+    parser.add_argument("--resume", choices=("auto", "never", "always"), default="auto")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the recipe"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.set)
+    config = from_dict(TrainingConfig, recipe.training, where="training")
+    if options.init_from:
+        read_config(options.init_from)
+    tokenizer = Tokenizer.load(options.data)
+    torch.manual_seed(config.seed)
+    model = build(
+        {
+            "source_vocabulary": tokenizer.source_size,
+            "target_vocabulary": tokenizer.target_size,
+            "share_embeddings": tokenizer.joint,
+            **recipe.model,
+        }
+    )
+    result = train(
+        model,
+        options.data,
+        options.output,
+        config,
+        init_from=options.init_from,
+        resume=options.resume,
+        translate=_Translate(recipe.validation),
+    )
+    print(f"done after {result.update} updates: {result.best or result.last}")
+
+
+class _Translate:
+    """Translates validation sentences as the recipe's `validation` says."""
+
+    def __init__(self, validation: dict[str, Any]) -> None:
+        self._options = dict(validation)
+        self._strategy = self._options.pop("strategy", None)
+
+    def __call__(self, model: nn.Module, tokenizer: Tokenizer, lines: list[str]) -> list[str]:
+        return Translator(model, tokenizer).translate(lines, self._strategy, **self._options)
