@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["fsync_directory", "replace_directory", "temporary_sibling"]
+__all__ = ["replace_directory", "temporary_sibling"]
 
 
-def fsync_directory(directory: str | os.PathLike[str]) -> None:
-    """Brings the entries of a directory to the disk."""
-    handle = os.open(directory, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    """Brings a file, or the entries of a directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -24,13 +24,16 @@ def fsync_directory(directory: str | os.PathLike[str]) -> None:
 def temporary_sibling(path: Path) -> Iterator[Path]:
     """Makes a hidden directory beside ``path``, and removes it if it is still there at the end.
 
-    A sibling, so that renaming it does not cross file systems.
+    A sibling, so that renaming it does not cross file systems. Raises the ``OSError`` that makes
+    ``path`` unwritable before any work is done.
     """
     # Not ``absolute()``: the parent of "." or "x/.." has a name only when resolved.
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
     try:
         yield temporary
     finally:
@@ -38,13 +41,16 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
 
 
 def replace_directory(temporary: Path, path: Path) -> None:
-    """Renames ``temporary`` to ``path``, where it may replace a directory.
+    """Syncs a flat directory and renames it to ``path``, where it may replace another.
 
     On Linux the two exchange their names in one step, so that ``path`` always is a whole
     directory, the old or the new one. Elsewhere the old one is moved aside first, and back if the
     second step fails.
     """
     path = path.resolve()
+    for file in temporary.iterdir():
+        _fsync(file)
+    _fsync(temporary)
     if not path.exists():
         os.rename(temporary, path)
     elif _exchange(temporary, path):
@@ -58,7 +64,7 @@ def replace_directory(temporary: Path, path: Path) -> None:
             os.rename(old, path)
             raise
         shutil.rmtree(old)
-    fsync_directory(path.parent)
+    _fsync(path.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -58,13 +58,10 @@ class CorpusWriter:
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
 
     def close(self) -> None:
-        """Finishes the file and brings it to the disk."""
-        if self._sink.closed:
-            return
-        self._writer.close()
-        self._sink.flush()
-        os.fsync(self._sink.fileno())
-        self._sink.close()
+        """Finishes the file."""
+        if not self._sink.closed:
+            self._writer.close()
+            self._sink.close()
 
     def __enter__(self) -> "CorpusWriter":
         return self
@@ -120,7 +117,9 @@ class Corpus:
         try:
             reader = pa.ipc.open_file(pa.memory_map(os.fspath(path)))
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        except pa.ArrowInvalid as error:
+            for batch in batches:  # that no array reaches beyond its part of the file
+                batch.validate()
+        except pa.ArrowException as error:
             raise CorpusError(f"{path} is damaged: {error}") from error
         if reader.schema not in (SCHEMA, SCHEMA_WITH_TEXT):
             raise CorpusError(f"{path} must have columns {SCHEMA.names}, got {reader.schema.names}")

@@ -60,13 +60,11 @@ class Manifest:
     files: dict[str, FileInfo] = field(default_factory=dict)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes ``manifest.json`` and brings it to the disk."""
+        """Writes ``manifest.json``."""
         content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
         with open(Path(directory) / MANIFEST_FILE, "w", encoding="utf-8") as stream:
             json.dump(content, stream, indent=1, ensure_ascii=False)
             stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> "Manifest":
@@ -95,6 +93,9 @@ class Manifest:
         try:
             splits = {name: _split(info) for name, info in content["splits"].items()}
             files = {name: FileInfo(**info) for name, info in content["files"].items()}
+            missing = {info.file for info in splits.values()} - set(files)
+            if missing:
+                raise CorpusError(f"{path} is damaged: it says nothing about {sorted(missing)}")
             return cls(content["version"], content["options"], content["tokenizer"], splits, files)
         except (KeyError, TypeError, AttributeError) as error:
             raise CorpusError(f"{path} is damaged: {error!r}") from error

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pynar.data.atomic import fsync_directory, replace_directory, temporary_sibling
+from pynar.data.atomic import replace_directory, temporary_sibling
 from pynar.data.corpus import CorpusWriter
 from pynar.data.manifest import MANIFEST_FILE, FileInfo, Manifest, SplitInfo
 from pynar.data.text import TextError, read_pairs
@@ -79,10 +80,11 @@ def prepare(
     """
     output = Path(output)
     report = progress or (lambda stage, done, total: None)
-    threads = threads or cpu_count()
+    threads = cpu_count() if threads is None else threads
     if (vocab_size is None) == (tokenizer is None):
         raise ValueError("prepare: give either vocab_size, to train a tokenizer, or tokenizer")
-    for name, value in (("max_length", max_length), ("sample_pairs", sample_pairs)):
+    limits = {"max_length": max_length, "sample_pairs": sample_pairs, "threads": threads}
+    for name, value in limits.items():
         if value < 1:
             raise ValueError(f"prepare: {name} must be positive, got {value}")
     if max_ratio is not None and max_ratio < 1:
@@ -90,7 +92,7 @@ def prepare(
     given = {"train": train, "valid": valid, "test": test}
     splits = {name: _files(name, pairs) for name, pairs in given.items() if pairs is not None}
     _check_output(output, overwrite)
-    trained_options = {
+    trained_options: dict[str, Any] = {
         "vocab_size": vocab_size,
         "joint": joint,
         "model_type": model_type,
@@ -144,7 +146,6 @@ def prepare(
             files={name: FileInfo.of(directory / name) for name in names},
         )
         manifest.save(directory)
-        fsync_directory(directory)
         replace_directory(directory, output)
     return manifest
 
@@ -166,6 +167,11 @@ def _files(name: str, pairs: Pairs) -> tuple[str, ...]:
     for path in paths:
         if not os.path.exists(path):
             raise FileNotFoundError(f"prepare: {name} file {os.fspath(path)} does not exist")
+        if not os.path.isfile(path):
+            raise TextError(
+                f"prepare: {name} file {os.fspath(path)} must be a regular file, which is read "
+                f"more than once"
+            )
     return tuple(os.fspath(path) for path in paths)
 
 
@@ -176,10 +182,15 @@ def _check_output(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"prepare: output {output} is not empty; overwrite=True replaces it")
-    # Replacing deletes, so it must be something that prepare can make again.
+    # Replacing deletes, so there must be nothing but what prepare itself wrote.
     if not (output / MANIFEST_FILE).is_file():
         raise FileExistsError(
             f"prepare: output {output} is not empty and no prepared corpus; it is not replaced"
+        )
+    written = {MANIFEST_FILE, *Manifest.load(output).files}
+    if others := sorted(file.name for file in output.iterdir() if file.name not in written):
+        raise FileExistsError(
+            f"prepare: output {output} is not replaced, because it also holds {', '.join(others)}"
         )
 
 
@@ -249,32 +260,24 @@ def _encode_split(
             read += len(block)
             texts = [pair for pair in block if pair[0].strip() and pair[1].strip()]
             skipped["empty"] += len(block) - len(texts)
-            encoded = zip(
+            ids = [
                 tokenizer.encode_source([source for source, _ in texts], threads=threads),
                 tokenizer.encode_target([target for _, target in texts], threads=threads),
-                texts,
-                strict=True,
-            )
-            kept = []
-            for row in encoded:
-                short, long = sorted((len(row[0]), len(row[1])))
-                if short == 0:
-                    skipped["empty"] += 1
-                elif long > max_length:
-                    skipped["too_long"] += 1
-                elif max_ratio is not None and long > max_ratio * short:
-                    skipped["ratio"] += 1
-                else:
-                    kept.append(row)
+            ]
+            sizes = np.array([[len(row) for row in side] for side in ids])
+            reasons = _reasons(sizes, max_length, max_ratio)
+            for reason, count in zip(*np.unique(reasons, return_counts=True), strict=True):
+                if reason:
+                    skipped[str(reason)] += int(count)
+            kept = np.flatnonzero(reasons == "")
+            if len(kept) < len(texts):
+                ids = [[side[i] for i in kept] for side in ids]
+                texts = [texts[i] for i in kept]
             for side in (0, 1):
-                lengths[side].update(len(row[side]) for row in kept)
-                unknown[side] += sum(row[side].count(UNK) for row in kept)
-            writer.write(
-                [row[0] for row in kept],
-                [row[1] for row in kept],
-                [row[2][0] for row in kept] if with_text else (),
-                [row[2][1] for row in kept] if with_text else (),
-            )
+                lengths[side].update(sizes[side, kept].tolist())
+                unknown[side] += sum(row.count(UNK) for row in ids[side])
+            columns = tuple(zip(*texts, strict=True)) if with_text and texts else ((), ())
+            writer.write(ids[0], ids[1], *columns)
             progress(f"encode {name}", read, total)
     pairs = lengths[0].total()
     if not pairs:
@@ -295,3 +298,13 @@ def _encode_split(
         target_lengths={str(length): lengths[1][length] for length in sorted(lengths[1])},
         inputs={path: FileInfo.of(path) for path in files},
     )
+
+
+def _reasons(sizes: np.ndarray, max_length: int, max_ratio: float | None) -> np.ndarray:
+    """Returns why each pair is left out, or "", from the numbers of tokens [2, N]."""
+    short, long = sizes.min(axis=0), sizes.max(axis=0)
+    # Text can have no tokens at all: a line of U+2581, which SentencePiece takes for spaces.
+    conditions = [short == 0, long > max_length]
+    if max_ratio is not None:
+        conditions.append(long > max_ratio * short)
+    return np.select(conditions, ["empty", "too_long", "ratio"][: len(conditions)], default="")

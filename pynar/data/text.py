@@ -1,5 +1,6 @@
 """Reads text by lines, the same way for training, translating and scoring."""
 
+import codecs
 import gzip
 import hashlib
 import io
@@ -8,7 +9,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 __all__ = ["TextError", "iter_lines", "read_lines", "read_pairs", "sha256_file"]
 
@@ -29,7 +30,7 @@ def _open(path: Path) -> BinaryIO:
         raise FileNotFoundError(f"text file {path} does not exist") from None
 
 
-def _blocks(stream: io.BufferedReader, name: str) -> Iterator[bytes]:
+def _blocks(stream: Any, name: str) -> Iterator[bytes]:
     """Yields pieces of a plain or gzipped stream as they arrive."""
     # The content decides, not the name: no UTF-8 text begins with these two bytes.
     if stream.peek(2)[:2] == GZIP_MAGIC:
@@ -82,39 +83,46 @@ def iter_lines(source: str | os.PathLike[str] | BinaryIO) -> Iterator[str]:
             return
         with _open(Path(source)) as stream:
             yield from _lines(stream, os.fspath(source))
-    else:
-        yield from _lines(source, str(getattr(source, "name", "stream")))
+        return
+    name = str(getattr(source, "name", "stream"))
+    if hasattr(source, "peek"):
+        yield from _lines(source, name)
+        return
+    buffered = io.BufferedReader(source)  # type: ignore[type-var]
+    try:
+        yield from _lines(buffered, name)
+    finally:
+        buffered.detach()  # or the caller's stream would be closed with it
 
 
-def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
-    buffered = stream if hasattr(stream, "peek") else io.BufferedReader(stream)
+def _lines(stream: Any, name: str) -> Iterator[str]:
     count = 0
     pending: list[bytes] = []  # pieces of an unfinished line, joined once, when its end is seen
     at_start = True
-    for block in _blocks(buffered, name):
+    for block in _blocks(stream, name):
         end = block.rfind(b"\n")
         if end < 0:
             pending.append(block)
             continue
         pending.append(block[:end])
-        lines = _decode(b"".join(pending), name, count)
+        whole = b"".join(pending)
         if at_start:
-            lines[0] = lines[0].removeprefix("\ufeff")
+            whole = whole.removeprefix(codecs.BOM_UTF8)
             at_start = False
+        lines = _decode(whole, name, count)
         yield from lines
         count += len(lines)
         pending = [block[end + 1 :]] if end + 1 < len(block) else []
-    if pending:
-        line = _decode(b"".join(pending), name, count)[0]
-        yield line.removeprefix("\ufeff") if at_start else line
+    last = b"".join(pending)
+    if at_start:
+        last = last.removeprefix(codecs.BOM_UTF8)
+    if last:
+        yield from _decode(last, name, count)
 
 
 def read_lines(source: str | os.PathLike[str] | BinaryIO) -> list[str]:
     """Returns all lines of a text; see ``iter_lines``."""
     return list(iter_lines(source))
-
-
-_END = object()
 
 
 def read_pairs(
@@ -139,8 +147,8 @@ def read_pairs(
     sources, targets = iter_lines(source), iter_lines(target)
     count = 0
     for source_line in sources:
-        target_line = next(targets, _END)
-        if target_line is _END:
+        target_line = next(targets, None)
+        if target_line is None:
             _unequal(source, count + 1 + sum(1 for _ in sources), target, count)
         count += 1
         yield source_line, target_line
@@ -149,7 +157,7 @@ def read_pairs(
         _unequal(source, count, target, count + rest)
 
 
-def _unequal(source: object, source_count: int, target: object, target_count: int) -> None:
+def _unequal(source: object, source_count: int, target: object, target_count: int) -> NoReturn:
     raise TextError(
         f"source and target must have the same number of lines, got {source_count} in {source} "
         f"and {target_count} in {target}"

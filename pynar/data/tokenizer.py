@@ -99,6 +99,7 @@ class Tokenizer:
 
     The special symbols have the ids of ``pynar.symbols`` on both sides. No input text can produce
     padding, sentence ends or the mask: a literal ``<mask>`` is encoded as ordinary pieces.
+    U+2581, SentencePiece's own sign for a space, is read as a space.
 
     >>> lines = ["a b c d", "b c d e"] * 10
     >>> tokenizer = Tokenizer.train(lines, lines, vocab_size=12)
@@ -174,6 +175,8 @@ class Tokenizer:
         SentencePiece model or whose special symbols have other ids.
         """
         path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"tokenizer {path} does not exist")
         if path.is_file():
             files = [path]
         elif (path / JOINT_FILE).is_file():
@@ -251,7 +254,9 @@ def _encode(
 ) -> list[list[int]]:
     if isinstance(lines, str):
         raise ValueError("lines must be a list of strings, got one string")
-    return processor.encode(list(lines), out_type=int, num_threads=threads or cpu_count())
+    # Threads start anew with every call: not worth it for the few lines of one batch.
+    threads = threads or min(cpu_count(), 1 + len(lines) // 512)
+    return processor.encode(list(lines), out_type=int, num_threads=threads)
 
 
 _DROPPED = frozenset((PAD, BOS, EOS, MASK))
