@@ -13,17 +13,14 @@ a process killed at any moment leaves the old state or the new one. Nothing is e
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
-import mmap
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -31,7 +28,18 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from pynar import __version__
 from pynar.data.atomic import replace_directory, temporary_sibling
+from pynar.verification import (
+    CONFIG,
+    FORMAT,
+    WEIGHTS,
+    CheckpointError,
+    find_problem,
+    good_neighbour,
+    read_manifest,
+    seal,
+)
 
 __all__ = [
     "CheckpointError",
@@ -49,13 +57,7 @@ __all__ = [
     "verify",
 ]
 
-FORMAT = 1
-CONFIG, WEIGHTS, MANIFEST = "config.yaml", "model.safetensors", "manifest.json"
 TRAINING_TENSORS, TRAINING_VALUES = "training/optimizer.safetensors", "training/state.json"
-
-
-class CheckpointError(OSError):
-    """A checkpoint that cannot be written, or must not be used."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,16 @@ def save(
         CheckpointError: the disk is full or not writable; an older checkpoint of the name stays.
     """
     with _writing(Path(directory)) as temporary:
-        settings = {"model": type(model).name, **dataclasses.asdict(model.config)}
+        known = cast(Any, model)
+        settings = {"model": known.name, **dataclasses.asdict(known.config)}
         _write_config(temporary, settings)
-        tensors = {name: tensor.contiguous() for name, tensor in unique_tensors(model).items()}
-        safetensors.torch.save_file(tensors, temporary / WEIGHTS)
+        tied = {"tied": json.dumps(_tied_names(model))}
+        _write_tensors(unique_tensors(model), temporary / WEIGHTS, tied)
         if tokenizer is not None:
             tokenizer.save(temporary)
         if training_state is not None:
             (temporary / "training").mkdir()
-            safetensors.torch.save_file(training_state.tensors, temporary / TRAINING_TENSORS)
+            _write_tensors(training_state.tensors, temporary / TRAINING_TENSORS)
             (temporary / TRAINING_VALUES).write_text(json.dumps(training_state.values, indent=1))
 
 
@@ -117,9 +120,12 @@ def load_model(
 
 
 def load_weights(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Verifies a checkpoint and reads its weights by name, tied ones once."""
+    """Verifies a checkpoint and reads its weights by name; tied ones have several."""
     verify(directory, training=False)
-    return safetensors.torch.load_file(Path(directory) / WEIGHTS)
+    path = Path(directory) / WEIGHTS
+    weights = safetensors.torch.load_file(path)
+    tied = json.loads(_metadata(path).get("tied", "{}"))
+    return weights | {alias: weights[name] for alias, name in tied.items()}
 
 
 def restore(directory: str | os.PathLike[str], model: nn.Module) -> TrainingState:
@@ -171,9 +177,9 @@ def verify(directory: str | os.PathLike[str], *, training: bool = True) -> None:
             newest good checkpoint beside this one.
     """
     directory = Path(directory)
-    problem = _problem(directory, training=training)
+    problem = find_problem(directory, training=training)
     if problem is not None:
-        good = _good_neighbour(directory)
+        good = good_neighbour(directory)
         hint = f"; the newest good checkpoint beside it is {good}" if good else ""
         raise CheckpointError(f"{problem}{hint}")
 
@@ -200,8 +206,8 @@ def average(directories: Sequence[str | os.PathLike[str]], output: str | os.Path
             raise ValueError(f"average: {path} differs from {paths[0]} in {', '.join(keys)}")
     with _writing(Path(output)) as temporary:
         _write_config(temporary, config, average_of=[path.resolve().name for path in paths])
-        safetensors.torch.save_file(_means(paths), temporary / WEIGHTS)
-        for name in _read_manifest(paths[0])["files"]:
+        _write_tensors(_means(paths), temporary / WEIGHTS, _metadata(paths[0] / WEIGHTS))
+        for name in read_manifest(paths[0])["files"]:
             if name not in (CONFIG, WEIGHTS) and not name.startswith("training/"):
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(paths[0] / name, temporary / name)
@@ -219,13 +225,23 @@ def from_pretrained(directory: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and persistent buffers of a model, each under its first name only."""
-    seen: set[int] = set()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach()
-    return tensors
+    tied = _tied_names(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """The first name of every tensor that has several, by its other names."""
+    first: dict[int, str] = {}
+    names = {
+        name: first.setdefault(id(tensor), name)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+    return {alias: name for alias, name in names.items() if alias != name}
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def _copy_into(model: nn.Module, weights: Mapping[str, Tensor], directory: Path) -> None:
@@ -258,13 +274,18 @@ def _means(paths: Sequence[Path]) -> dict[str, Tensor]:
     return means
 
 
+def _write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # The format is what readers of the Hugging Face hub ask for.
+    safetensors.torch.save_file(contiguous, path, metadata={"format": "pt", **(metadata or {})})
+
+
 def _write_config(directory: Path, model: Mapping[str, Any], **notes: Any) -> None:
-    try:
-        version = importlib.metadata.version("pynar")
-    except importlib.metadata.PackageNotFoundError:
-        version = "unknown"
     # Through JSON, which turns tuples into the lists that YAML knows.
-    content = json.loads(json.dumps({"format": FORMAT, "pynar": version, **notes, "model": model}))
+    content = {"format": FORMAT, "pynar": __version__, **notes, "model": model}
+    content = json.loads(json.dumps(content))
     (directory / CONFIG).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
@@ -274,108 +295,7 @@ def _writing(directory: Path) -> Iterator[Path]:
     try:
         with temporary_sibling(directory) as temporary:
             yield temporary
-            _write_manifest(temporary)
-            for path in [*temporary.rglob("*"), temporary]:
-                _sync(path)
+            seal(temporary)
             replace_directory(temporary, directory)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{directory}: cannot write the checkpoint: {error}") from error
-
-
-def _write_manifest(directory: Path) -> None:
-    names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
-    files = {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": _sha256(directory / name)}
-        for name in names
-    }
-    tensors = {WEIGHTS: _tensor_digests(directory / WEIGHTS)}
-    content = {"format": FORMAT, "files": files, "tensors": tensors}
-    (directory / MANIFEST).write_text(json.dumps(content, indent=1))
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{directory}: is not a checkpoint, it has no {MANIFEST}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{directory / MANIFEST}: is damaged ({error})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-        raise CheckpointError(f"{directory / MANIFEST}: is damaged (no list of files)")
-    return content
-
-
-def _problem(directory: Path, *, training: bool) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        manifest = _read_manifest(directory)
-        for needed in (CONFIG, WEIGHTS):
-            if needed not in manifest["files"]:
-                return f"{directory / MANIFEST}: is damaged (it does not list {needed})"
-        for name, facts in manifest["files"].items():
-            if name.startswith("training/") and not training:
-                continue
-            path = directory / name
-            if not path.is_file():
-                return f"{path}: is missing"
-            if (size := path.stat().st_size) != facts["bytes"]:
-                return f"{path}: has {size} bytes instead of {facts['bytes']}; it is damaged"
-            if _sha256(path) != facts["sha256"]:
-                return f"{path}: is damaged{_damaged_tensors(path, manifest)}: its SHA-256 differs"
-    except CheckpointError as error:
-        return str(error)
-    except (OSError, KeyError, TypeError) as error:
-        return f"{directory}: cannot be verified ({error!r})"
-    return None
-
-
-def _good_neighbour(directory: Path) -> Path | None:
-    directory = directory.resolve()
-    if not directory.parent.is_dir():
-        return None
-    neighbours = [path.parent for path in directory.parent.glob(f"[!.]*/{MANIFEST}")]
-    for path in sorted(neighbours, key=lambda path: path.stat().st_mtime, reverse=True):
-        if path != directory and not path.is_symlink() and _problem(path, training=True) is None:
-            return path
-    return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _tensor_digests(path: Path) -> dict[str, str]:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        # safetensors: the size of the header in 8 bytes, a JSON header, the tensors.
-        start = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:start])
-        header.pop("__metadata__", None)
-        digests = {}
-        for name, facts in header.items():
-            begin, end = facts["data_offsets"]
-            digests[name] = hashlib.sha256(data[start + begin : start + end]).hexdigest()
-    return digests
-
-
-def _damaged_tensors(path: Path, manifest: Mapping[str, Any]) -> str:
-    wanted = manifest.get("tensors", {}).get(path.name)
-    if not wanted:
-        return ""
-    try:
-        found = _tensor_digests(path)
-    except (ValueError, KeyError, TypeError):
-        return " (in its header)"
-    names = [name for name, digest in wanted.items() if found.get(name) != digest]
-    return f" (in {', '.join(names[:3])}{' and others' if len(names) > 3 else ''})"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -55,4 +55,5 @@ def initialise(model: nn.Module, directory: str | os.PathLike[str]) -> Initialis
                 taken.append(name)
     if not taken:
         raise ValueError(f"`init_from`: no weight of {directory} has the name and shape of ours")
-    return Initialised(taken, kept, [name for name in theirs if name not in taken])
+    ours = model.state_dict().keys()
+    return Initialised(taken, kept, [name for name in theirs if name not in ours])

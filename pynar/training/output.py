@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pynar import checkpoint
 from pynar.checkpoint import CheckpointError
+from pynar.verification import MANIFEST
 
 __all__ = ["RunDirectory"]
 
@@ -31,7 +32,7 @@ class RunDirectory:
 
     def updates(self) -> list[int]:
         """The updates that have a checkpoint, in order."""
-        found = self.checkpoints.glob("update-*/" + checkpoint.MANIFEST)
+        found = self.checkpoints.glob("update-*/" + MANIFEST)
         names = (path.parent.name.removeprefix("update-") for path in found)
         return sorted(int(name) for name in names if name.isdigit())
 

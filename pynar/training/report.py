@@ -21,17 +21,23 @@ class Report:
     A terminal gets a progress bar under the lines, anything else plain lines only.
     """
 
-    def __init__(self, output: Path, *, total: int, start: int, active: bool) -> None:
-        self._active, self._total = active, total
+    def __init__(self, output: Path, *, active: bool) -> None:
+        self._output, self._active = output, active
         self._progress: Progress | None = None
-        if not active:
+        self._opened = False
+
+    def begin(self, *, total: int, start: int) -> None:
+        """Opens the files and the display; before, only `say` works."""
+        self._total = total
+        if not self._active:
             return
         # Slow to import, and of use to rank 0 alone.
         from torch.utils.tensorboard import SummaryWriter
 
-        output.mkdir(parents=True, exist_ok=True)
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
-        self._log = (output / "log.jsonl").open("a", encoding="utf-8")
+        self._output.mkdir(parents=True, exist_ok=True)
+        self._board = SummaryWriter(str(self._output / "tensorboard"), purge_step=start + 1)
+        self._log = (self._output / "log.jsonl").open("a", encoding="utf-8")
+        self._opened = True
         self._timer = Timer(start)
         if sys.stdout.isatty():
             columns = (
@@ -109,7 +115,7 @@ class Report:
 
     def close(self) -> None:
         """Ends the display and closes the files."""
-        if not self._active:
+        if not self._opened:
             return
         if self._progress is not None:
             self._progress.stop()

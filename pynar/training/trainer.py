@@ -6,33 +6,32 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
-import torch
-from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
 from torch import nn
 
 from pynar import checkpoint
 from pynar.checkpoint import TrainingState
 from pynar.data import Batch, Batches, Corpus, Manifest, Tokenizer
 from pynar.training.config import TrainingConfig
+from pynar.training.devices import determinism, make_fabric
 from pynar.training.initialise import initialise
+from pynar.training.non_finite import NonFiniteError, explain
 from pynar.training.output import RunDirectory
 from pynar.training.report import Report
+from pynar.training.schedule import learning_rate
 from pynar.training.update import Summary, Updater
 from pynar.training.validation import Translate, Validator
 
-__all__ = ["NonFiniteError", "TrainingResult", "train"]
-
-PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-
-
-class NonFiniteError(ValueError):
-    """Losses or gradients were infinite or NaN too many times in a row."""
+__all__ = ["TrainingResult", "train"]
+# Settings that may change when a run resumes without a word about it: the weights do not depend
+# on them.
+NEUTRAL = frozenset(
+    "device validate_every validation_max_tokens validation_sentences checkpoint_every "
+    "checkpoint_minutes keep_last keep_best average log_every non_finite_limit".split()
+)
 
 
 @dataclass(frozen=True)
@@ -92,13 +91,13 @@ def train(
     """
     if config.metric == "bleu" and translate is None:
         raise ValueError("`metric: bleu` needs a `translate` function, got None")
-    with _determinism(config.deterministic):
+    with determinism(config.deterministic):
         trainer = _Trainer(model, Path(data_directory), Path(output), config, translate)
         try:
             trainer.begin(resume, init_from)
             return trainer.run()
         finally:
-            trainer.close()
+            trainer.report.close()
 
 
 class _Trainer:
@@ -123,20 +122,19 @@ class _Trainer:
         )
         if not self.batches.batches_in_epoch(0):
             raise ValueError(f"{data}: the split `train` is empty")
-        self.validator = None
+        self.validator: Validator | None = None
         if "valid" in Manifest.load(data).splits:
             valid = Corpus.open(data, "valid")
             self.validator = Validator(self.fabric, config, valid, self.tokenizer, translate)
         self.progress = Progress()
-        self.report: Report | None = None
+        self.report = Report(output, active=self.fabric.is_global_zero)
 
     def begin(self, resume: str, init_from: str | os.PathLike[str] | None) -> None:
         """Finds the state to start from, and sets up what trains."""
-        rank0, notes = self.fabric.is_global_zero, []
-        found = None
-        if rank0:
+        found: Path | None = None
+        if self.fabric.is_global_zero:
             self.directory.tidy()
-            found = self.directory.newest_good(notes.append)
+            found = self.directory.newest_good(self.report.say)
         found = self.fabric.broadcast(found)
         if resume == "always" and found is None:
             raise ValueError(f"`resume: always`: {self.directory.checkpoints} holds no checkpoint")
@@ -147,32 +145,26 @@ class _Trainer:
             )
         state = checkpoint.restore(found, self.model) if found is not None else None
         if state is None and init_from is not None:
-            notes.append(f"initialised from {init_from}: {initialise(self.model, init_from)}")
+            taken = initialise(self.model, init_from)
+            self.report.say(f"initialised from {init_from}: {taken}")
         # After the weights are loaded: DDP sends those of rank 0 to the others here.
         self.updater = Updater(self.fabric, self.model, self.config)
         if state is not None:
-            self._resume(state, found, notes)
-        self.report = Report(
-            self.directory.path,
-            total=self.config.max_updates,
-            start=self.progress.update,
-            active=rank0,
-        )
+            self.report.say(f"resuming from {found}")
+            self._resume(state)
+        self.report.begin(total=self.config.max_updates, start=self.progress.update)
         self.report.record("begin", self.progress.update, config=dataclasses.asdict(self.config))
-        for note in notes:
-            self.report.say(note)
 
-    def _resume(self, state: TrainingState, found: Path, notes: list[str]) -> None:
+    def _resume(self, state: TrainingState) -> None:
         values = state.values
         self.updater.load_state(state.tensors, values["optimizer"])
         self.progress = Progress(**values["progress"])
         kept = self.directory.updates()
-        self.progress.best = [(s, u) for s, u in map(tuple, self.progress.best) if u in kept]
-        notes.append(f"resumed {found}")
+        self.progress.best = [(score, u) for score, u in self.progress.best if u in kept]
         now, then = self._settings(), values["settings"]
-        changed = [key for key, value in now.items() if then.get(key) != value]
+        changed = [k for k, value in now.items() if then.get(k) != value and k not in NEUTRAL]
         if changed:
-            notes.append(
+            self.report.say(
                 "WARNING: not the settings that the run began with: "
                 + ", ".join(f"{key} {then.get(key)} -> {now[key]}" for key in changed)
             )
@@ -180,7 +172,9 @@ class _Trainer:
         if {"max_tokens", "seed", "processes", "corpus"} & set(changed):
             self.progress.epoch += 1
             self.progress.batch = 0
-            notes.append(f"the batches are others now: beginning with epoch {self.progress.epoch}")
+            self.report.say(
+                f"the batches are others now: going on with epoch {self.progress.epoch}"
+            )
 
     def _settings(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self.config)
@@ -192,7 +186,6 @@ class _Trainer:
     def run(self) -> TrainingResult:
         """Trains to the end."""
         config, progress, report = self.config, self.progress, self.report
-        assert report is not None
         stream = self._stream()
         saved = progress.update
         self._checkpoint_time = time.monotonic()
@@ -209,7 +202,7 @@ class _Trainer:
             self._log(last)
             entered = False
             if self.validator and (last or progress.update % config.validate_every == 0):
-                entered = self._validate()
+                entered = self._validate(self.validator)
             if entered or last or self._checkpoint_due():
                 self._save()
                 saved = progress.update
@@ -230,50 +223,33 @@ class _Trainer:
         # Reading the streak makes the host wait, which only a GPU minds.
         often = 1 if self.fabric.device.type == "cpu" else config.non_finite_limit
         if update % often == 0 and self.updater.streak() >= config.non_finite_limit:
-            raise NonFiniteError(self._explain(self.updater.summary()))
+            self._give_up(self.updater.summary())
         if last or update % config.log_every == 0:
             summary = self.updater.summary()
             if summary.streak >= config.non_finite_limit:
-                raise NonFiniteError(self._explain(summary))
+                self._give_up(summary)
             self.report.training(
                 update,
                 tokens=summary.target_tokens,
                 epoch=self.progress.epoch,
                 loss=summary.loss,
                 **summary.losses,
-                lr=self.updater.optimizer.param_groups[0]["lr"],
+                lr=learning_rate(config, update),
                 grad_norm=summary.grad_norm,
                 skipped=summary.skipped,
             )
 
-    def _explain(self, summary: Summary) -> str:
-        config, update = self.config, self.progress.update
-        lr = self.updater.optimizer.param_groups[0]["lr"]
-        terms = ", ".join(f"`{t}` in {n} batches" for t, n in summary.non_finite.items())
-        what = f"non-finite losses ({terms})" if terms else "non-finite gradients of finite losses"
-        advice = "lower `lr`, lengthen `warmup_updates`"
-        if config.clip_norm is None:
-            advice += ", set `clip_norm`"
-        if config.precision != "fp32":
-            advice += ", use `precision: fp32`"
-        if config.precision == "fp16":
-            advice += " or `bf16`"
-        updates = self.directory.updates()
-        where = self.directory.checkpoint(updates[-1]) if updates else "none yet"
-        return (
-            f"stopped at update {update}: {summary.streak} updates in a row had {what} "
-            f"(`non_finite_limit` {config.non_finite_limit}; learning rate {lr:.3g}, precision "
-            f"{config.precision}, {summary.skipped} updates skipped in all). The weights are "
-            f"those of update {update - summary.streak}; the last checkpoint is {where}. Try to "
-            f"{advice}; "
-            "where a single loss term is named, look at its definition and at the data"
-        )
+    def _give_up(self, summary: Summary) -> NoReturn:
+        update, updates = self.progress.update, self.directory.updates()
+        last = self.directory.checkpoint(updates[-1]) if updates else None
+        lr = learning_rate(self.config, update)
+        raise NonFiniteError(explain(summary, self.config, update=update, lr=lr, last=last))
 
-    def _validate(self) -> bool:
+    def _validate(self, validator: Validator) -> bool:
         """Validates; returns whether this is one of the best so far."""
         config, progress, report = self.config, self.progress, self.report
         report.pause()
-        figures = self.validator(self.updater)
+        figures = validator(self.updater)
         report.go_on()
         more = {} if figures.bleu is None else {"bleu": figures.bleu}
         report.validation(progress.update, loss=figures.loss, **figures.losses, **more)
@@ -341,49 +317,6 @@ class _Trainer:
             best=directory.path / "best" if best else None,
             averaged=averaged,
         )
-
-    def close(self) -> None:
-        if self.report is not None:
-            self.report.close()
-
-
-def make_fabric(config: TrainingConfig) -> Fabric:
-    """Fabric on one device, or on that of each process of `torchrun`."""
-    accelerator = config.device
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    elif accelerator == "cuda" and not torch.cuda.is_available():
-        raise ValueError("`device: cuda` needs a CUDA device, and PyTorch finds none; use `cpu`")
-    settings: dict[str, Any] = {}
-    settings.update(accelerator=accelerator, precision=PRECISIONS[config.precision])
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return Fabric(devices=1, **settings)
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    # With this option DDP keeps its first grouping of the gradients instead of regrouping after
-    # one update. How a gradient is grouped decides in which order three or more processes add
-    # it up, so a resumed run would differ in the last bit.
-    strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
-    nodes = int(os.environ["WORLD_SIZE"]) // local
-    fabric = Fabric(devices=local, num_nodes=nodes, strategy=strategy, **settings)
-    fabric.launch()
-    return fabric
-
-
-@contextmanager
-def _determinism(wanted: bool) -> Iterator[None]:
-    """Deterministic algorithms, where PyTorch has them, and as it was before at the end."""
-    mode = torch.get_deterministic_debug_mode()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        if wanted and not mode:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            # A help to find bugs that costs a pass over every new tensor.
-            torch.utils.deterministic.fill_uninitialized_memory = False
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: Tokenizer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -85,15 +85,16 @@ class Updater:
     """
 
     def __init__(self, fabric: Fabric, model: nn.Module, config: TrainingConfig) -> None:
-        self._fabric, self._config, self.model = fabric, config, model
-        self.terms = sorted(model.loss_weights)
+        self._fabric, self._config = fabric, config
+        self.model = cast(Any, model)  # has more than a module, see `pynar.training.train`
+        self.terms = sorted(self.model.loss_weights)
         self.optimizer = make_optimizer(model, config)
-        losses = Losses(torch.compile(model, dynamic=True) if config.compile else model)
-        self.module, self._stepper = fabric.setup(losses, self.optimizer)
+        compiled: Any = torch.compile(model, dynamic=True) if config.compile else model
+        self.module, self._stepper = fabric.setup(Losses(compiled), self.optimizer)
         self._parameters = self.optimizer.param_groups[0]["params"]
         self._generator = torch.Generator(fabric.device)
         self._scaler = getattr(fabric.strategy.precision, "scaler", None)
-        weights = [model.loss_weights[term] for term in self.terms]
+        weights = [self.model.loss_weights[term] for term in self.terms]
         self._weights = torch.tensor(weights, dtype=torch.float64, device=fabric.device)
         self._losses, self._counts, self._bad = (torch.zeros_like(self._weights) for _ in range(3))
         self._norm, self._streak, self._skipped = torch.zeros(3, device=fabric.device).unbind()
@@ -154,10 +155,10 @@ class Updater:
             )
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all processes."""
-        if self._fabric.world_size == 1:
-            return tensor
-        return self._fabric.all_reduce(tensor, reduce_op="sum")
+        """Sums a tensor over all processes, in place."""
+        if self._fabric.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
 
     def _step(self) -> Tensor:
         """Clips and steps where the gradient is finite; returns whether it was."""
@@ -169,7 +170,7 @@ class Updater:
         if self._config.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.clip_norm, norm)
         # The flag of the fused optimizer by which a gradient scaler, too, skips a step.
-        self.optimizer.found_inf = (~done).float()
+        self.optimizer.found_inf = (~done).float()  # type: ignore[attr-defined]
         self._stepper.step()
         self.optimizer.zero_grad()
         self._norm = norm

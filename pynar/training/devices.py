@@ -1,0 +1,63 @@
+"""Devices, precision, processes and determinism."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
+from lightning_fabric.strategies import DDPStrategy
+
+from pynar.training.config import TrainingConfig
+
+__all__ = ["determinism", "make_fabric"]
+
+MIXED: dict[str, Literal["bf16-mixed", "16-mixed"]] = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def make_fabric(config: TrainingConfig) -> Fabric:
+    """Fabric on one device, or on that of each process of `torchrun`."""
+    accelerator = config.device
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    elif accelerator == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`device: cuda` needs a CUDA device, and PyTorch finds none; use `cpu`")
+    settings: dict[str, Any] = {"accelerator": accelerator}
+    if config.precision in MIXED:
+        # As a plugin: by its name Fabric would turn fp16 into bf16 on a CPU.
+        settings["plugins"] = [MixedPrecision(MIXED[config.precision], device=accelerator)]
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Fabric(devices=1, **settings)
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    # With this option DDP keeps its first grouping of the gradients instead of regrouping after
+    # one update. How a gradient is grouped decides in which order three or more processes add
+    # it up, so a resumed run would differ in the last bit.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+    nodes = int(os.environ["WORLD_SIZE"]) // local
+    fabric = Fabric(devices=local, num_nodes=nodes, strategy=strategy, **settings)
+    fabric.launch()
+    return fabric
+
+
+@contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Deterministic algorithms, where PyTorch has them, and as it was before at the end."""
+    mode = torch.get_deterministic_debug_mode()
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
+    try:
+        if wanted and not mode:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            # A help to find bugs that costs a pass over every new tensor.
+            settings.fill_uninitialized_memory = False
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        settings.fill_uninitialized_memory = fill
