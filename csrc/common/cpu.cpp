@@ -27,7 +27,9 @@ std::atomic<Isa>& current() {
 
 }  // namespace
 
-Isa isa() { return current().load(std::memory_order_relaxed); }
+Isa isa() {
+  return current().load(std::memory_order_relaxed);
+}
 
 const char* isa_name(Isa isa) {
   switch (isa) {

@@ -34,9 +34,10 @@ void set_isa(const std::string& name);
   namespace avx512 {                      \
   declaration;                            \
   }
-#define PYNAR_SELECT_KERNEL(name)                     \
-  (::pynar::isa() == ::pynar::Isa::kAvx512 ? avx512::name : \
-   ::pynar::isa() == ::pynar::Isa::kAvx2   ? avx2::name   : generic::name)
+#define PYNAR_SELECT_KERNEL(name)                         \
+  (::pynar::isa() == ::pynar::Isa::kAvx512 ? avx512::name \
+   : ::pynar::isa() == ::pynar::Isa::kAvx2 ? avx2::name   \
+                                           : generic::name)
 #else
 #define PYNAR_DECLARE_KERNEL(declaration) \
   namespace generic {                     \

@@ -10,9 +10,18 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.44269504f;
 
+// Shared memory whose size the launch gives, as an array of T.
+#if defined(PYNAR_CUDA_ON_HOST)
+#define PYNAR_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(cuda_on_host::dynamic_shared())
+#else
+#define PYNAR_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char pynar_dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(pynar_dynamic_shared)
+#endif
+
 template <typename A>
 __device__ inline A negative_infinity() {
-  return -static_cast<A>(__builtin_huge_valf());
+  return static_cast<A>(float_from_bits(0xff800000));
 }
 
 __device__ inline float exponential(float x) {
@@ -25,14 +34,24 @@ __device__ inline float exponential(float x) {
   return exp2f(x * kLog2E);
 #endif
 }
-__device__ inline double exponential(double x) { return exp(x); }
+__device__ inline double exponential(double x) {
+  return exp(x);
+}
 
-__device__ inline float logarithm(float x) { return logf(x); }
-__device__ inline double logarithm(double x) { return log(x); }
+__device__ inline float logarithm(float x) {
+  return logf(x);
+}
+__device__ inline double logarithm(double x) {
+  return log(x);
+}
 
 // The greater one; NaN loses against a number.
-__device__ inline float maximum(float a, float b) { return fmaxf(a, b); }
-__device__ inline double maximum(double a, double b) { return fmax(a, b); }
+__device__ inline float maximum(float a, float b) {
+  return fmaxf(a, b);
+}
+__device__ inline double maximum(double a, double b) {
+  return fmax(a, b);
+}
 
 template <typename A>
 __device__ inline A warp_max(A x) {

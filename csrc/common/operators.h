@@ -70,7 +70,8 @@ struct LaunchPlan {
 bool use_nvrtc();
 void set_use_nvrtc(bool value);
 
-// The operators. Each fills its outputs and returns nothing, or returns what remains to be launched.
+// The operators. Each fills its outputs and returns nothing, or returns what remains to be
+// launched.
 int64_t mask_predict_step_workspace(int64_t batch, int64_t steps, int64_t vocabulary,
                                     int64_t element_size);
 std::optional<LaunchPlan> mask_predict_step(const Tensor& logits, const Tensor& tokens,

@@ -52,8 +52,12 @@ PYNAR_HOST_DEVICE inline float float_from_bits(uint32_t bits) {
 #endif
 }
 
-PYNAR_HOST_DEVICE inline float to_accumulation(float x) { return x; }
-PYNAR_HOST_DEVICE inline double to_accumulation(double x) { return x; }
+PYNAR_HOST_DEVICE inline float to_accumulation(float x) {
+  return x;
+}
+PYNAR_HOST_DEVICE inline double to_accumulation(double x) {
+  return x;
+}
 
 PYNAR_HOST_DEVICE inline float to_accumulation(BFloat16 x) {
   return float_from_bits(static_cast<uint32_t>(x.bits) << 16);

@@ -19,8 +19,8 @@
 namespace pynar::PYNAR_ISA {
 
 // Coefficients of 2^f on [-1/2, 1/2] for the least relative error, 9e-8, with 2^0 exactly 1.
-constexpr float kExp2Coefficients[6] = {1.f,           6.931470037e-01f, 2.402224243e-01f,
-                                        5.550733581e-02f, 9.671512991e-03f, 1.326472731e-03f};
+constexpr float kExp2Coefficients[6] = {
+    1.f, 6.931470037e-01f, 2.402224243e-01f, 5.550733581e-02f, 9.671512991e-03f, 1.326472731e-03f};
 // Arguments of exp2() are raised to this, which keeps results normal: 2^-125 stands for zero.
 constexpr float kExp2Lowest = -125.f;
 
@@ -63,7 +63,8 @@ inline Simd<T> mul(Simd<T> a, Simd<T> b) {
 
 template <typename T>
 inline Simd<T> max(Simd<T> a, Simd<T> b) {
-  for (int i = 0; i < Simd<T>::kLanes; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+  for (int i = 0; i < Simd<T>::kLanes; ++i)
+    a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
   return a;
 }
 

@@ -8,8 +8,9 @@
 
 namespace pynar {
 
-// The exchange interface of a type, or null. Looked up once a type: the few types seen (torch.Tensor,
-// torch.nn.Parameter) are kept alive, so that an address in the cache cannot come to mean another.
+// The exchange interface of a type, or null. Looked up once a type: the few types seen
+// (torch.Tensor, torch.nn.Parameter) are kept alive, so that an address in the cache cannot come to
+// mean another.
 inline const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
   struct Entry {
     PyTypeObject* type;

@@ -48,7 +48,8 @@ class Pass {
     for (int i = 0; i < kVectors; ++i) x[i] = Vector::load(block + i * Vector::kLanes);
     Vector greatest = x[0];
     for (int i = 1; i < kVectors; ++i) greatest = max(greatest, x[i]);
-    if (any_greater(greatest, max_)) [[unlikely]] raise_max(reduce_max(greatest), first);
+    if (any_greater(greatest, max_)) [[unlikely]]
+      raise_max(reduce_max(greatest), first);
     if (first_of_max_ < 0) [[unlikely]] {
       for (int64_t i = 0; i < kBlock; ++i) {
         const A value = to_accumulation(block[i]);
@@ -118,7 +119,8 @@ BestSymbol<T> best_symbol(const T* logits, int64_t size) {
     return {kUnk, static_cast<A>(__builtin_nanf(""))};
   }
   int64_t token = pass.first_of_max();
-  while (token == kPad || token == kMask || to_accumulation(logits[token]) != pass.greatest()) ++token;
+  while (token == kPad || token == kMask || to_accumulation(logits[token]) != pass.greatest())
+    ++token;
   return {token, score};
 }
 
@@ -152,7 +154,7 @@ template <typename T>
 void mask_predict_step_cpu(const MaskPredictParams<T>& p, int64_t batch) {
   using A = accumulation_t<T>;
   const Check check(kName);
-  std::vector<std::pair<int64_t, int64_t>> masked;
+  std::vector<std::pair<int64_t, int64_t> > masked;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length = p.lengths[b * p.lengths_stride];
     if (length < 0 || length > p.steps) {
@@ -164,7 +166,8 @@ void mask_predict_step_cpu(const MaskPredictParams<T>& p, int64_t batch) {
                  std::to_string(n) + " (sentence " + std::to_string(b) + ")");
     }
     for (int64_t t = 0; t < p.steps; ++t) {
-      const int64_t token = t < length ? p.tokens[b * p.tokens_stride_b + t * p.tokens_stride_t] : kPad;
+      const int64_t token =
+          t < length ? p.tokens[b * p.tokens_stride_b + t * p.tokens_stride_t] : kPad;
       p.new_tokens[b * p.steps + t] = token;
       p.new_scores[b * p.steps + t] =
           t < length ? p.scores[b * p.scores_stride_b + t * p.scores_stride_t] : A(0);
@@ -178,14 +181,14 @@ void mask_predict_step_cpu(const MaskPredictParams<T>& p, int64_t batch) {
   parallel_for(static_cast<int64_t>(masked.size()), grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const auto [b, t] = masked[i];
-      const BestSymbol<T> best = best_symbol(
-          p.logits + b * p.logits_stride_b + t * p.logits_stride_t, p.vocabulary);
+      const BestSymbol<T> best =
+          best_symbol(p.logits + b * p.logits_stride_b + t * p.logits_stride_t, p.vocabulary);
       p.new_tokens[b * p.steps + t] = best.token;
       p.new_scores[b * p.steps + t] = best.score;
     }
   });
 
-  std::vector<std::pair<A, int64_t>> open;  // (score, t): the pair's order is the one wanted
+  std::vector<std::pair<A, int64_t> > open;  // (score, t): the pair's order is the one wanted
   for (int64_t b = 0; b < batch; ++b) {
     open.clear();
     for (int64_t t = 0; t < p.lengths[b * p.lengths_stride]; ++t) {
@@ -194,8 +197,7 @@ void mask_predict_step_cpu(const MaskPredictParams<T>& p, int64_t batch) {
       const A score = p.new_scores[b * p.steps + t];
       open.emplace_back(score == score ? score : -std::numeric_limits<A>::infinity(), t);
     }
-    const int64_t count =
-        std::min<int64_t>(p.num_masked[b * p.num_masked_stride], open.size());
+    const int64_t count = std::min<int64_t>(p.num_masked[b * p.num_masked_stride], open.size());
     if (count < static_cast<int64_t>(open.size())) {
       std::nth_element(open.begin(), open.begin() + count, open.end());
     }
@@ -217,7 +219,7 @@ MaskPredictParams<T> make_params(const Tensor& logits, const Tensor& tokens, con
   p.num_masked = num_masked.data<int64_t>();
   p.new_tokens = new_tokens.data<int64_t>();
   p.new_scores = new_scores.data<A>();
-  p.partials = workspace ? workspace->data<MaskPredictPartial<T>>() : nullptr;
+  p.partials = workspace ? workspace->data<MaskPredictPartial<T> >() : nullptr;
   p.steps = logits.size(1);
   p.vocabulary = logits.size(2);
   p.segments = mask_predict_segments(p.vocabulary);
@@ -276,10 +278,12 @@ std::optional<LaunchPlan> mask_predict_step(const Tensor& logits, const Tensor& 
   check.dtype("new_scores", new_scores, {accumulation});
   check.contiguous("new_scores", new_scores);
   check.writable("new_scores", new_scores);
-  for (const auto& [name, tensor] :
-       {std::pair<const char*, const Tensor&>{"tokens", tokens}, {"scores", scores},
-        {"lengths", lengths}, {"num_masked", num_masked}, {"new_tokens", new_tokens},
-        {"new_scores", new_scores}}) {
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"tokens", tokens},
+                                     {"scores", scores},
+                                     {"lengths", lengths},
+                                     {"num_masked", num_masked},
+                                     {"new_tokens", new_tokens},
+                                     {"new_scores", new_scores}}) {
     check.device(name, tensor, "logits", logits);
   }
   if (vocabulary > 1 && logits.stride(2) != 1) {
@@ -301,8 +305,8 @@ std::optional<LaunchPlan> mask_predict_step(const Tensor& logits, const Tensor& 
   if (batch == 0 || steps == 0) return std::nullopt;
 
   return dispatch_floating(logits.dtype(), [&]<typename T>() -> std::optional<LaunchPlan> {
-    const MaskPredictParams<T> params = make_params<T>(
-        logits, tokens, scores, lengths, num_masked, new_tokens, new_scores, workspace);
+    const MaskPredictParams<T> params = make_params<T>(logits, tokens, scores, lengths, num_masked,
+                                                       new_tokens, new_scores, workspace);
     if (!on_cuda) {
       mask_predict_step_cpu(params, batch);
       return std::nullopt;

@@ -1,6 +1,5 @@
-#include "decoding/mask_predict_step.cuh"
-
 #include "common/cuda_launch.h"
+#include "decoding/mask_predict_step.cuh"
 
 namespace pynar {
 namespace {

@@ -135,8 +135,9 @@ __global__ void __launch_bounds__(kThreads) mask_predict_finish(MaskPredictParam
   const int64_t num_masked = p.num_masked[b * p.num_masked_stride];
   if (num_masked <= 0) return;
 
-  // A slot is masked again if fewer than num_masked come before it in order of (score, t). Sentences
-  // are short, so that counting beats sorting. Slots that cannot be masked sort behind all others.
+  // A slot is masked again if fewer than num_masked come before it in order of (score, t).
+  // Sentences are short, so that counting beats sorting. Slots that cannot be masked sort behind
+  // all others.
   __shared__ A tile[kThreads];
   __shared__ bool tile_open[kThreads];
   for (int64_t base = 0; base < length; base += kThreads) {

@@ -27,17 +27,17 @@ struct MaskPredictPartial {
 // Argument of the kernels; every field is eight bytes wide.
 template <typename T>
 struct MaskPredictParams {
-  const T* logits;                     // [B, T, V]
-  const int64_t* tokens;               // [B, T]
-  const accumulation_t<T>* scores;     // [B, T]
-  const int64_t* lengths;              // [B]
-  const int64_t* num_masked;           // [B]
-  int64_t* new_tokens;                 // [B, T]       written, contiguous
-  accumulation_t<T>* new_scores;       // [B, T]       written, contiguous
-  MaskPredictPartial<T>* partials;     // [B, T, segments] scratch
-  int64_t steps;                       // T
-  int64_t vocabulary;                  // V
-  int64_t segments;                    // into which a row of logits is cut
+  const T* logits;                           // [B, T, V]
+  const int64_t* tokens;                     // [B, T]
+  const accumulation_t<T>* scores;           // [B, T]
+  const int64_t* lengths;                    // [B]
+  const int64_t* num_masked;                 // [B]
+  int64_t* new_tokens;                       // [B, T]       written, contiguous
+  accumulation_t<T>* new_scores;             // [B, T]       written, contiguous
+  MaskPredictPartial<T>* partials;           // [B, T, segments] scratch
+  int64_t steps;                             // T
+  int64_t vocabulary;                        // V
+  int64_t segments;                          // into which a row of logits is cut
   int64_t logits_stride_b, logits_stride_t;  // the vocabulary is contiguous
   int64_t tokens_stride_b, tokens_stride_t;
   int64_t scores_stride_b, scores_stride_t;
@@ -52,17 +52,21 @@ constexpr int kMaskPredictPerThread = 32;
 
 // A small vocabulary would leave most of a large block without work. The choice depends on V
 // alone: scores must not depend on the batch in the last bit.
-constexpr int mask_predict_threads(int64_t vocabulary) { return vocabulary > 4096 ? 256 : 64; }
+PYNAR_HOST_DEVICE constexpr int mask_predict_threads(int64_t vocabulary) {
+  return vocabulary > 4096 ? 256 : 64;
+}
 
-constexpr int64_t mask_predict_segments(int64_t vocabulary) {
+PYNAR_HOST_DEVICE constexpr int64_t mask_predict_segments(int64_t vocabulary) {
   const int64_t segment = mask_predict_threads(vocabulary) * kMaskPredictPerThread;
   return (vocabulary + segment - 1) / segment;
 }
 
 constexpr int kMaskPredictFinishThreads = 128;
 
+#if !defined(__CUDACC_RTC__)
 // Two launches on the current device: partials of the rows, then each sentence.
 template <typename T>
 void mask_predict_step_cuda(const MaskPredictParams<T>& params, int64_t batch, void* stream);
+#endif
 
 }  // namespace pynar

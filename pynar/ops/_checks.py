@@ -42,7 +42,7 @@ class Check:
     def values(
         self, name: str, tensor: Tensor, wanted: str, lowest: int, highest: int | None = None
     ) -> None:
-        """Checks a tensor of one number a sentence; not on a GPU, which would have to be waited for."""
+        """Checks one number a sentence; not on a GPU, which would have to be waited for."""
         if tensor.device.type != "cpu":
             return
         for sentence, value in enumerate(tensor.tolist()):

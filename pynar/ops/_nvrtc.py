@@ -13,7 +13,7 @@ __all__ = ["launch", "options", "why_not"]
 
 @functools.lru_cache(maxsize=1)
 def why_not() -> str:
-    """Returns why this route is closed, with what to do about it; the empty string if it is open."""
+    """Returns why this route is closed, and what to do about it; empty if it is open."""
     if importlib.util.find_spec("cupy") is None:
         return "CuPy is not installed: run `pip install 'pynar[cupy]'`"
     if _backend.device_sources() is None:
@@ -23,10 +23,10 @@ def why_not() -> str:
 
 def options() -> tuple[str, ...]:
     """Returns the compiler options that every source needs."""
-    return ("-std=c++20", f"-I{_backend.device_sources()}", "-DPYNAR_NVRTC")
+    return ("-std=c++20", f"-I{_backend.device_sources()}")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _function(source: str, kernel: str, device: int) -> Any:
     import cupy
 

@@ -28,7 +28,7 @@ class Implementation:
     reason: str = ""  # why it is none of the faster ones
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def implementation(device_type: str) -> Implementation:
     """Chooses for all operators alike: every one comes with all implementations."""
     module = _backend.extension()
@@ -87,7 +87,7 @@ class Operator:
         return loud_reference
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _warn_once(device_type: str, reason: str) -> None:
     warnings.warn(
         f"pynar operators run as PyTorch references on {device_type}: {reason}. "

@@ -31,11 +31,11 @@ def mask_predict_step(
     new_scores = torch.where(masked, best_scores, scores)
 
     candidate = live & (tokens != PAD) & (tokens != BOS) & (tokens != EOS)
-    # Two stable sorts order by (is no candidate, score, position); the inverse of the permutation
-    # is each slot's rank.
-    order = new_scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    order = order.argsort(dim=1, stable=True)
-    order = order.gather(1, (~candidate).gather(1, order).to(torch.int8).argsort(1, stable=True))
+    # Two stable sorts order the slots by (is no candidate, score, position), and the inverse of the
+    # permutation is each slot's rank.
+    order = new_scores.masked_fill(new_scores.isnan(), -torch.inf).argsort(dim=1, stable=True)
+    others = (~candidate).gather(1, order).to(torch.int8)
+    order = order.gather(1, others.argsort(dim=1, stable=True))
     rank = order.argsort(dim=1)
     masked_again = candidate & (rank < num_masked[:, None])
 
