@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -12,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from pynar.training.config import TrainingConfig
 
@@ -34,11 +35,11 @@ def make_fabric(config: TrainingConfig) -> Fabric:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Fabric(devices=1, **settings)
     local = int(os.environ["LOCAL_WORLD_SIZE"])
-    # With this option DDP keeps its first grouping of the gradients instead of regrouping after
-    # one update. How a gradient is grouped decides in which order three or more processes add
-    # it up, so a resumed run would differ in the last bit.
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+    # Buffers are constants here. The name of the option changed with PyTorch 2.13.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {name: False}
+    strategy = DDPStrategy(**options)
     nodes = int(os.environ["WORLD_SIZE"]) // local
     fabric = Fabric(devices=local, num_nodes=nodes, strategy=strategy, **settings)
     fabric.launch()

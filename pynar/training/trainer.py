@@ -89,6 +89,8 @@ def train(
         CheckpointError: no checkpoint of the run to resume is good, or one cannot be written.
         NonFiniteError: `non_finite_limit` updates in a row had no finite loss or gradient.
     """
+    if resume not in (modes := ("auto", "never", "always")):
+        raise ValueError(f"`resume` must be one of {', '.join(modes)}, got {resume!r}")
     if config.metric == "bleu" and translate is None:
         raise ValueError("`metric: bleu` needs a `translate` function, got None")
     with determinism(config.deterministic):
@@ -162,7 +164,10 @@ class _Trainer:
         kept = self.directory.updates()
         self.progress.best = [(score, u) for score, u in self.progress.best if u in kept]
         now, then = self._settings(), values["settings"]
-        changed = [k for k, value in now.items() if then.get(k) != value and k not in NEUTRAL]
+        neutral = NEUTRAL
+        if self.config.schedule not in ("linear", "cosine"):
+            neutral = neutral | {"max_updates"}
+        changed = [k for k, value in now.items() if then.get(k) != value and k not in neutral]
         if changed:
             self.report.say(
                 "WARNING: not the settings that the run began with: "
@@ -190,6 +195,7 @@ class _Trainer:
         saved = progress.update
         self._checkpoint_time = time.monotonic()
         self.updater.module.train()
+        self.updater.settle(next(self.batches.epoch(0)))
         while progress.update < config.max_updates and not self._out_of_patience():
             batches = []
             for _ in range(config.accumulate):

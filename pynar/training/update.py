@@ -100,6 +100,31 @@ class Updater:
         self._norm, self._streak, self._skipped = torch.zeros(3, device=fabric.device).unbind()
         self._tokens = 0
 
+    def settle(self, batch: Any) -> None:
+        """Lets DDP settle how it groups the gradients; to be called once, with any fixed batch.
+
+        DDP regroups them after its first backward pass, and in which order three or more
+        processes add a gradient up depends on its group: without this pass, the first update
+        after resuming would differ in the last bits from that of an uninterrupted run.
+        """
+        if self._fabric.world_size == 1:
+            return
+        with torch.no_grad():
+            buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        torch.manual_seed(0)
+        example = self.model.corrupt(batch.to(self._fabric.device), self._generator.manual_seed(0))
+        self._fabric.backward(self.forward(example).sum())
+        names = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        if names:
+            raise ValueError(
+                f"{type(self.model).__name__}: every parameter must take part in the losses when "
+                f"training in several processes, got no gradient for {', '.join(names)}"
+            )
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
     def update(self, number: int, batches: Sequence[Any]) -> None:
         """Makes update `number` with this process's `batches`, as many as on every process."""
         config, fabric = self._config, self._fabric

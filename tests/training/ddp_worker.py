@@ -1,0 +1,68 @@
+"""What each process of `torchrun` does in test_distributed.py: `ddp_worker.py DATA OUTPUT`."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from standin import StandIn, StandInConfig, make_batch, make_config
+
+from pynar.data import collate
+from pynar.training import NonFiniteError, train
+from pynar.training.devices import make_fabric
+from pynar.training.update import Updater
+
+# The batches of every rank in two updates; an empty list is an empty batch.
+UPDATES = [
+    [[[3, 9], [7]], [[1, 1, 2], []], [[4], [2, 2]]],
+    [[[1]], [[12, 2, 2, 5, 5]], [[]]],
+]
+QUIET = StandInConfig(noise=0.0, dropout=0.0)
+
+
+def batches_of(rank: int, update: int) -> list:
+    made = []
+    for i, lengths in enumerate(UPDATES[update][rank]):
+        made.append(make_batch(lengths, 10 * rank + i) if lengths else collate([], []))
+    return made
+
+
+class OneSided(StandIn):
+    """From its tenth batch on, on the last rank alone, has an infinite loss."""
+
+    passes = 0
+
+    def forward(self, example):
+        losses = super().forward(example)
+        self.passes += self.training
+        if torch.distributed.get_rank() == 2 and self.passes > 9:
+            losses["length"] = losses["length"] + torch.inf
+        return losses
+
+
+def main(data: Path, output: Path) -> None:
+    torch.set_num_threads(1)
+    config = make_config(schedule="constant", warmup_updates=0)
+    fabric = make_fabric(config)
+    updater = Updater(fabric, StandIn(QUIET).double(), config)
+    for number in range(2):
+        updater.update(number + 1, batches_of(fabric.global_rank, number))
+    summary = updater.summary()
+    if fabric.is_global_zero:
+        facts = {"losses": summary.losses, "tokens": summary.target_tokens}
+        facts["weights"] = {k: v.tolist() for k, v in updater.model.state_dict().items()}
+        (output / "updates.json").write_text(json.dumps(facts))
+
+    # Wide enough for the grouping of the gradients to matter.
+    wide = StandInConfig(dim=64)
+    train(StandIn(wide), data, output / "whole", make_config(max_updates=9))
+    for end in (4, 9):
+        train(StandIn(wide), data, output / "parts", make_config(max_updates=end))
+    try:
+        train(OneSided(), data, output / "stops", make_config(max_updates=30, non_finite_limit=2))
+    except NonFiniteError as error:
+        (output / f"error-{fabric.global_rank}.txt").write_text(str(error))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

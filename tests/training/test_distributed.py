@@ -1,0 +1,71 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ddp_worker import QUIET, UPDATES, batches_of
+from standin import StandIn, make_config, weights_of
+
+from pynar import checkpoint
+from pynar.training.devices import make_fabric
+from pynar.training.update import Updater
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def output(data, tmp_path_factory):
+    """What three gloo processes left; see ddp_worker.py."""
+    output = tmp_path_factory.mktemp("ddp")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(HERE / "ddp_worker.py"), str(data), str(output)],
+        env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (output / "text.txt").write_text(done.stdout + done.stderr)
+    return output
+
+
+def test_three_processes_make_the_updates_of_one(output):
+    config = make_config(schedule="constant", warmup_updates=0)
+    updater = Updater(make_fabric(config), StandIn(QUIET).double(), config)
+    for number in range(len(UPDATES)):
+        updater.update(number + 1, [b for rank in range(3) for b in batches_of(rank, number)])
+    found = json.loads((output / "updates.json").read_text())
+    summary = updater.summary()
+    assert found["losses"] == pytest.approx(summary.losses)
+    assert found["tokens"] == summary.target_tokens
+    for name, weight in weights_of(updater.model).items():
+        theirs = torch.tensor(found["weights"][name], dtype=weight.dtype)
+        torch.testing.assert_close(theirs, weight)
+
+
+def test_three_processes_resume_bit_for_bit(output):
+    whole, parts = output / "whole/last", output / "parts/last"
+    torch.testing.assert_close(
+        checkpoint.load_weights(parts), checkpoint.load_weights(whole), rtol=0, atol=0
+    )
+    states = [checkpoint.load_training_state(path) for path in (whole, parts)]
+    torch.testing.assert_close(states[0].tensors, states[1].tensors, rtol=0, atol=0)
+    assert states[0].values["settings"]["processes"] == 3
+    assert states[0].values["progress"] == states[1].values["progress"]
+
+
+def test_infinite_loss_of_one_process_stops_all_alike(output):
+    errors = [(output / f"error-{rank}.txt").read_text() for rank in range(3)]
+    assert errors[0] == errors[1] == errors[2]
+    assert "stopped at update 6: 2 updates in a row" in errors[0]
+    assert "`length` in 4 batches" in errors[0]
+
+
+def test_only_one_process_talks(output):
+    lines = (output / "text.txt").read_text().splitlines()
+    assert sum(line.startswith("update 9/9  validation") for line in lines) == 2  # two runs
+    assert not any("Warning" in line for line in lines)
