@@ -32,6 +32,11 @@ def _load() -> tuple[ModuleType | None, str]:
     level = os.environ.get("PYNAR_SIMD")
     if level:
         module.set_simd_level(level)
+    # Takes the route of a machine without nvcc although the kernels are compiled.
+    nvrtc = os.environ.get("PYNAR_NVRTC", "0")
+    if nvrtc not in ("", "0", "1"):
+        raise ValueError(f"PYNAR_NVRTC must be 0 or 1, got {nvrtc!r}")
+    module.set_use_nvrtc(nvrtc == "1")
     return module, ""
 
 

@@ -17,10 +17,12 @@ def mask_predict_step(
     same results. Computes in float32, or in float64 for float64 logits.
     """
     steps = logits.shape[1]
-    log_probs = logits.to(scores.dtype)
     excluded = torch.tensor([PAD, MASK], device=logits.device)
-    log_probs = log_probs.index_fill(-1, excluded, -torch.inf).log_softmax(-1)
-    best_scores, best_tokens = log_probs.max(-1)
+    allowed = logits.to(scores.dtype).index_fill(-1, excluded, -torch.inf)
+    # The argmax of the logits themselves: two of them can differ by less than the rounding of their
+    # log-probabilities.
+    best_tokens = allowed.argmax(-1)
+    best_scores = allowed.log_softmax(-1).gather(-1, best_tokens[..., None]).squeeze(-1)
     # NaN: the row has no distribution (a NaN or +inf in it, or -inf throughout).
     best_tokens = best_tokens.masked_fill(best_scores.isnan(), UNK)
 
