@@ -14,10 +14,7 @@ __all__ = ["device_sources", "extension", "why_not_extension"]
 
 @functools.lru_cache(maxsize=1)
 def _load() -> tuple[ModuleType | None, str]:
-    disabled = os.environ.get("PYNAR_DISABLE_EXT", "0")
-    if disabled not in ("", "0", "1"):
-        raise ValueError(f"PYNAR_DISABLE_EXT must be 0 or 1, got {disabled!r}")
-    if disabled == "1":
+    if _switch("PYNAR_DISABLE_EXT"):
         return None, "PYNAR_DISABLE_EXT=1"
     # The extension shares torch's OpenMP runtime only if torch brings its own in first.
     import torch  # noqa: F401
@@ -32,12 +29,20 @@ def _load() -> tuple[ModuleType | None, str]:
     level = os.environ.get("PYNAR_SIMD")
     if level:
         module.set_simd_level(level)
-    # Takes the route of a machine without nvcc although the kernels are compiled.
-    nvrtc = os.environ.get("PYNAR_NVRTC", "0")
-    if nvrtc not in ("", "0", "1"):
-        raise ValueError(f"PYNAR_NVRTC must be 0 or 1, got {nvrtc!r}")
-    module.set_use_nvrtc(nvrtc == "1")
+    module.set_use_nvrtc(prefers_nvrtc())
     return module, ""
+
+
+def _switch(name: str) -> bool:
+    value = os.environ.get(name, "0")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{name} must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+def prefers_nvrtc() -> bool:
+    """Returns whether to take the route of a machine without nvcc where kernels are compiled."""
+    return _switch("PYNAR_NVRTC")
 
 
 def extension() -> ModuleType | None:

@@ -37,9 +37,11 @@ def implementation(device_type: str) -> Implementation:
     if device_type == "cpu":
         return Implementation("extension")
     if device_type == "cuda":
-        if module.build_info()["cuda"] is not None:
-            return Implementation("extension")
         reason = "the extension was built without nvcc"
+        if module.build_info()["cuda"] is not None:
+            if not _backend.prefers_nvrtc():
+                return Implementation("extension")
+            reason = "PYNAR_NVRTC=1"
         why_not = _nvrtc.why_not()
         if not why_not:
             return Implementation("nvrtc", reason)
