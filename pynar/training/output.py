@@ -92,4 +92,8 @@ class RunDirectory:
         keep = set(keep)
         for update in self.updates():
             if update not in keep:
-                shutil.rmtree(self.checkpoint(update))
+                path = self.checkpoint(update)
+                # Renamed first: what a killed process leaves of it must not look like a checkpoint.
+                hidden = path.with_name(f".{path.name}.old")
+                path.rename(hidden)
+                shutil.rmtree(hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -36,7 +37,9 @@ class Report:
 
         self._output.mkdir(parents=True, exist_ok=True)
         self._board = SummaryWriter(str(self._output / "tensorboard"), purge_step=start + 1)
-        self._log = (self._output / "log.jsonl").open("a", encoding="utf-8")
+        path = self._output / "log.jsonl"
+        _drop_partial_line(path)
+        self._log = path.open("a", encoding="utf-8")
         self._opened = True
         self._timer = Timer(start)
         if sys.stdout.isatty():
@@ -140,6 +143,13 @@ class Timer:
 
     def go_on(self) -> None:
         self._paused += time.perf_counter() - self._since
+
+
+def _drop_partial_line(path: Path) -> None:
+    """Cuts off what a killed process left of its last line."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _is_json(value: Any) -> bool:

@@ -154,6 +154,8 @@ class _Trainer:
         if state is not None:
             self.report.say(f"resuming from {found}")
             self._resume(state)
+            if self.fabric.is_global_zero:
+                self._arrange()  # in case the process was killed before it came to that
         self.report.begin(total=self.config.max_updates, start=self.progress.update)
         self.report.record("begin", self.progress.update, config=dataclasses.asdict(self.config))
 
@@ -285,7 +287,7 @@ class _Trainer:
         self._checkpoint_time = time.monotonic()
         if not self.fabric.is_global_zero:
             return
-        progress, directory = self.progress, self.directory
+        progress = self.progress
         self.report.pause()
         tensors, optimizer = self.updater.state()
         values = {
@@ -294,14 +296,18 @@ class _Trainer:
             "settings": self._settings(),
         }
         state = TrainingState(tensors, values)
-        path = directory.checkpoint(progress.update)
+        path = self.directory.checkpoint(progress.update)
         checkpoint.save(path, self.model, self.tokenizer, training_state=state)
-        directory.link("last", progress.update)
-        best = [update for _, update in progress.best]
+        self._arrange()
+        self.report.go_on()
+
+    def _arrange(self) -> None:
+        """Brings links, and what is kept, in line with the newest checkpoint."""
+        directory, best = self.directory, [update for _, update in self.progress.best]
+        directory.link("last", self.progress.update)
         if best:
             directory.link("best", best[0])
         directory.prune([*directory.updates()[-self.config.keep_last :], *best])
-        self.report.go_on()
 
     def _finish(self) -> TrainingResult:
         config, progress, directory = self.config, self.progress, self.directory

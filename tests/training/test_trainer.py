@@ -267,8 +267,8 @@ def test_compiled_model_trains_and_saves_under_its_own_names(data, tmp_path, mon
     compiled = []
     real = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compiled.append(a) or real(*a, **k))
-    run(data, tmp_path / "compiled", compile=True)
-    run(data, tmp_path / "eager")
+    run(data, tmp_path / "compiled", compile=True, max_updates=2)
+    run(data, tmp_path / "eager", max_updates=2)
     a, b = (checkpoint.load_weights(tmp_path / name / "last") for name in ("compiled", "eager"))
     assert len(compiled) == 1
     torch.testing.assert_close(a, b)
