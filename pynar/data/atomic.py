@@ -41,14 +41,14 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
 
 
 def replace_directory(temporary: Path, path: Path) -> None:
-    """Syncs a flat directory and renames it to ``path``, where it may replace another.
+    """Syncs a directory and renames it to ``path``, where it may replace another.
 
     On Linux the two exchange their names in one step, so that ``path`` always is a whole
     directory, the old or the new one. Elsewhere the old one is moved aside first, and back if the
     second step fails.
     """
     path = path.resolve()
-    for file in temporary.iterdir():
+    for file in temporary.rglob("*"):
         _fsync(file)
     _fsync(temporary)
     if not path.exists():

@@ -4,6 +4,7 @@ import itertools
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ class CorpusWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, with_text: bool = False) -> None:
+        self.path = Path(path)
         self._schema = SCHEMA_WITH_TEXT if with_text else SCHEMA
         self._sink = open(path, "wb")
         self._writer = pa.ipc.new_file(self._sink, self._schema)
@@ -55,13 +57,23 @@ class CorpusWriter:
         columns = [_list_array(source), _list_array(target)]
         if self._schema is SCHEMA_WITH_TEXT:
             columns += [pa.array(text, pa.large_utf8()) for text in (source_text, target_text)]
-        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        with self._naming_the_file():
+            self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
 
     def close(self) -> None:
         """Finishes the file."""
         if not self._sink.closed:
-            self._writer.close()
-            self._sink.close()
+            with self._naming_the_file():
+                self._writer.close()
+                self._sink.close()
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a full disk, above all
+            reason = error.strerror or str(error)
+            raise OSError(error.errno, f"cannot write {self.path}: {reason}") from error
 
     def __enter__(self) -> "CorpusWriter":
         return self
@@ -70,7 +82,8 @@ class CorpusWriter:
         if kind is None:
             self.close()
         else:
-            self._sink.close()
+            with suppress(OSError):  # of what is buffered; the first error is on its way already
+                self._sink.close()
 
 
 class Corpus:

@@ -4,13 +4,12 @@ import heapq
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pynar import __version__
 from pynar.data.atomic import replace_directory, temporary_sibling
 from pynar.data.corpus import CorpusWriter
 from pynar.data.manifest import MANIFEST_FILE, FileInfo, Manifest, SplitInfo
@@ -28,6 +27,10 @@ Progress = Callable[[str, int, int | None], None]  # stage, pairs done, pairs in
 # so that neither many short nor some enormous lines need much memory.
 BLOCK_PAIRS = 16_384
 BLOCK_CHARACTERS = 4_000_000
+# A line with more characters than this for each of ``max_length`` tokens is not even encoded:
+# SentencePiece needs 50 bytes of memory a character, and its pieces have 16 characters at most
+# unless it is told otherwise.
+CHARACTERS_PER_TOKEN = 32
 # The unigram trainer needs about 22 bytes of memory a byte of text: 0.9 GB for this much.
 SAMPLE_BYTES = 40_000_000
 
@@ -67,9 +70,10 @@ def prepare(
     described at ``Tokenizer.train``.
 
     Pairs are left out, and counted by reason in the manifest, where a side is blank ("empty"),
-    where a side has more than ``max_length`` tokens ("too_long"), and in training data alone
-    where one side has more than ``max_ratio`` times the tokens of the other ("ratio"). The splits
-    for validation and test keep their text beside the tokens.
+    where a side has more than ``max_length`` tokens or 32 characters for each of them
+    ("too_long"), and in training data alone where one side has more than ``max_ratio`` times the
+    tokens of the other ("ratio"). The splits for validation and test keep their text beside the
+    tokens.
 
     ``progress(stage, done, total)`` is called after each block of pairs. ``overwrite`` replaces an
     earlier prepared corpus, in one step; any other directory that is not empty is refused.
@@ -107,7 +111,9 @@ def prepare(
         if tokenizer is not None:
             model = Tokenizer.load(tokenizer)
         else:
-            sources, targets, total = _sample(splits["train"], sample_pairs, seed, report)
+            sources, targets, total = _sample(
+                splits["train"], sample_pairs, seed, report, max_length * CHARACTERS_PER_TOKEN
+            )
             report("train tokenizer", 0, None)
             model = Tokenizer.train(sources, targets, **trained_options)
             del sources, targets
@@ -127,7 +133,7 @@ def prepare(
             )
         names = [*model.files, *(info.file for info in infos.values())]
         manifest = Manifest(
-            version=_version(),
+            version=__version__,
             options={
                 **(trained_options if tokenizer is None else {"tokenizer": os.fspath(tokenizer)}),
                 "max_length": max_length,
@@ -148,13 +154,6 @@ def prepare(
         manifest.save(directory)
         replace_directory(directory, output)
     return manifest
-
-
-def _version() -> str:
-    try:
-        return version("pynar")
-    except PackageNotFoundError:  # imported from a source tree that is not installed
-        return "unknown"
 
 
 def _files(name: str, pairs: Pairs) -> tuple[str, ...]:
@@ -195,7 +194,11 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _sample(
-    files: tuple[str, ...], sample_pairs: int, seed: int, progress: Progress
+    files: tuple[str, ...],
+    sample_pairs: int,
+    seed: int,
+    progress: Progress,
+    max_characters: int,
 ) -> tuple[list[str], list[str], int]:
     """Returns sources and targets of a uniform sample, in order, and the number of pairs read.
 
@@ -208,7 +211,7 @@ def _sample(
     for block in _blocks(read_pairs(*files)):
         draws = rng.random(len(block)).tolist()
         for draw, (source, target) in zip(draws, block, strict=True):
-            if source.strip() and target.strip():
+            if _unusable(source, target, max_characters) is None:
                 full = len(kept) >= sample_pairs or size >= SAMPLE_BYTES
                 if not full or draw < -kept[0][0]:
                     heapq.heappush(kept, (-draw, read, source, target))
@@ -226,15 +229,15 @@ def _sample(
 
 def _blocks(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     """Groups pairs into lists within BLOCK_PAIRS and, by a pair at most over, BLOCK_CHARACTERS."""
-    pairs = iter(pairs)
-    while block := list(islice(pairs, 64)):
-        characters = sum(len(source) + len(target) for source, target in block)
-        while len(block) < BLOCK_PAIRS and characters < BLOCK_CHARACTERS:
-            more = list(islice(pairs, 64))
-            if not more:
-                break
-            block += more
-            characters += sum(len(source) + len(target) for source, target in more)
+    block: list[tuple[str, str]] = []
+    characters = 0
+    for pair in pairs:
+        block.append(pair)
+        characters += len(pair[0]) + len(pair[1])
+        if len(block) == BLOCK_PAIRS or characters >= BLOCK_CHARACTERS:
+            yield block
+            block, characters = [], 0
+    if block:
         yield block
 
 
@@ -258,17 +261,20 @@ def _encode_split(
     with CorpusWriter(directory / f"{name}.arrow", with_text=with_text) as writer:
         for block in _blocks(read_pairs(*files)):
             read += len(block)
-            texts = [pair for pair in block if pair[0].strip() and pair[1].strip()]
-            skipped["empty"] += len(block) - len(texts)
+            texts = []
+            for pair in block:
+                reason = _unusable(*pair, max_length * CHARACTERS_PER_TOKEN)
+                if reason is None:
+                    texts.append(pair)
+                else:
+                    skipped[reason] += 1
             ids = [
                 tokenizer.encode_source([source for source, _ in texts], threads=threads),
                 tokenizer.encode_target([target for _, target in texts], threads=threads),
             ]
             sizes = np.array([[len(row) for row in side] for side in ids])
             reasons = _reasons(sizes, max_length, max_ratio)
-            for reason, count in zip(*np.unique(reasons, return_counts=True), strict=True):
-                if reason:
-                    skipped[str(reason)] += int(count)
+            skipped.update(reason for reason in reasons.tolist() if reason)
             kept = np.flatnonzero(reasons == "")
             if len(kept) < len(texts):
                 ids = [[side[i] for i in kept] for side in ids]
@@ -298,6 +304,13 @@ def _encode_split(
         target_lengths={str(length): lengths[1][length] for length in sorted(lengths[1])},
         inputs={path: FileInfo.of(path) for path in files},
     )
+
+
+def _unusable(source: str, target: str, max_characters: int) -> str | None:
+    """Returns why a pair is left out before it is encoded, or None."""
+    if len(source) > max_characters or len(target) > max_characters:
+        return "too_long"
+    return None if source.strip() and target.strip() else "empty"
 
 
 def _reasons(sizes: np.ndarray, max_length: int, max_ratio: float | None) -> np.ndarray:

@@ -55,9 +55,9 @@ def test_blocks_do_not_show(tmp_path, files, text, tokenizer, tokenizer_director
     prepare(tmp_path / "pairs", train=files, tokenizer=tokenizer_directory)
     monkeypatch.setattr(module, "BLOCK_CHARACTERS", 1)
     prepare(tmp_path / "characters", train=files, tokenizer=tokenizer_directory)
-    for name in ("pairs", "characters"):
+    for name, blocks in (("pairs", 7), ("characters", 400)):
         corpus = Corpus.open(tmp_path / name, "train")
-        assert len(corpus._batches) == 7
+        assert len(corpus._batches) == blocks
         assert as_lists(corpus) == expected_pairs(tokenizer, *text)
 
 
@@ -187,7 +187,7 @@ def test_text_of_validation_is_kept_beside_its_tokens(tmp_path, write, tokenizer
 
 @pytest.mark.parametrize("limit", [1, 7, 50, 399, 400, 10_000])
 def test_sample_is_uniform_ordered_and_bounded(files, text, limit):
-    sources, targets, read = module._sample(tuple(map(str, files)), limit, 5, lambda *_: None)
+    sources, targets, read = module._sample(tuple(map(str, files)), limit, 5, lambda *_: None, 500)
     pairs = list(zip(*text, strict=True))
     sampled = list(zip(sources, targets, strict=True))
     assert read == 400
@@ -198,7 +198,7 @@ def test_sample_is_uniform_ordered_and_bounded(files, text, limit):
 
 def test_sample_is_bounded_in_bytes(files, text, monkeypatch):
     monkeypatch.setattr(module, "SAMPLE_BYTES", 5000)
-    sources, targets, _ = module._sample(tuple(map(str, files)), 10_000, 5, lambda *_: None)
+    sources, targets, _ = module._sample(tuple(map(str, files)), 10_000, 5, lambda *_: None, 500)
     size = sum(len(line) for line in sources + targets)
     assert 4800 < size <= 5000
 
@@ -208,7 +208,7 @@ def test_every_pair_is_sampled_equally_often(write):
     files = str(write("a", lines)), str(write("b", lines))
     counts = Counter()
     for seed in range(400):
-        counts.update(module._sample(files, 5, seed, lambda *_: None)[0])
+        counts.update(module._sample(files, 5, seed, lambda *_: None, 500)[0])
     # 400 draws with probability 1/4: mean 100, standard deviation 8.7.
     assert set(counts) == set(lines)
     assert all(65 <= count <= 135 for count in counts.values())
@@ -421,3 +421,29 @@ def test_larger_corpus_than_one_block(tmp_path, write, tokenizer, tokenizer_dire
     assert len(corpus._batches) == 2
     wanted = zip(tokenizer.encode_source(sources), tokenizer.encode_target(targets), strict=True)
     assert as_lists(corpus) == list(wanted)
+
+
+def test_enormous_lines_are_not_even_encoded(tmp_path, write, tokenizer_directory):
+    sources = ["ba de", "x" * 1000, "ki", "lo", "mu"]
+    targets = ["BA", "DE", "K" * 1000, "LO", "Ж" * 320]
+    split = write("s", sources), write("t", targets)
+    options = {"train": split, "max_length": 10}
+    manifest = prepare(tmp_path / "1", tokenizer=tokenizer_directory, **options)
+    # 320 unknown characters are one token: it is the number of characters that counts.
+    assert manifest.splits["train"].skipped == {"empty": 0, "too_long": 2, "ratio": 0}
+    sampled = module._sample(tuple(map(str, split)), 10, 0, lambda *_: None, 320)
+    assert sampled == (["ba de", "lo", "mu"], ["BA", "LO", "Ж" * 320], 5)
+
+
+def test_full_disk_is_named_and_leaves_nothing(tmp_path, files, tokenizer_directory):
+    """A limit on the size of files stands for the full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    contents_before = contents(tmp_path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*train\.arrow: "):
+            prepare(tmp_path / "out", train=files, tokenizer=tokenizer_directory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert contents(tmp_path) == contents_before
