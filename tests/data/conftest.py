@@ -1,7 +1,12 @@
 import pytest
+from hypothesis import settings
 from text_source import parallel_text
 
 from pynar.data import Tokenizer, prepare
+
+# A busy machine is no error.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
