@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from pynar.checkpoint import read_config
 from pynar.data import Tokenizer
 from pynar.decoding import Translator
 from pynar.models import build
 from pynar.recipes import load_recipe, recipe_names
 from pynar.strict import from_dict
-from pynar.training import TrainingConfig, train
+from pynar.training import TrainingConfig, TrainingResult, train
+
+__all__ = ["add_arguments", "run", "train_recipe"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,11 +32,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.set)
-    config = from_dict(TrainingConfig, recipe.training, where="training")
-    if options.init_from:
-        read_config(options.init_from)
-    tokenizer = Tokenizer.load(options.data)
+    result = train_recipe(
+        options.recipe,
+        options.data,
+        options.output,
+        changes=options.set,
+        init_from=options.init_from,
+        resume=options.resume,
+    )
+    print(f"done after {result.update} updates: {result.averaged or result.best or result.last}")
+
+
+def train_recipe(
+    name: str,
+    data: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    changes: Sequence[str] = (),
+    init_from: str | None = None,
+    resume: str = "auto",
+    scale: float = 1.0,
+) -> TrainingResult:
+    """Trains the model of a recipe on prepared data; `scale` multiplies the recipe's updates."""
+    recipe = load_recipe(name, changes)
+    updates = dict(recipe.training)
+    for key in ("max_updates", "warmup_updates", "validate_every", "checkpoint_every"):
+        if scale != 1.0 and key in updates:
+            updates[key] = max(1, round(scale * updates[key]))
+    config = from_dict(TrainingConfig, updates, where="training")
+    tokenizer = Tokenizer.load(data)
     torch.manual_seed(config.seed)
     model = build(
         {
@@ -43,16 +70,15 @@ def run(options: argparse.Namespace) -> None:
             **recipe.model,
         }
     )
-    result = train(
+    return train(
         model,
-        options.data,
-        options.output,
+        data,
+        output,
         config,
-        init_from=options.init_from,
-        resume=options.resume,
+        init_from=init_from,
+        resume=resume,
         translate=_Translate(recipe.validation),
     )
-    print(f"done after {result.update} updates: {result.best or result.last}")
 
 
 class _Translate:
@@ -62,5 +88,5 @@ class _Translate:
         self._options = dict(validation)
         self._strategy = self._options.pop("strategy", None)
 
-    def __call__(self, model: nn.Module, tokenizer: Tokenizer, lines: list[str]) -> list[str]:
+    def __call__(self, model: nn.Module, tokenizer: Tokenizer, lines: Sequence[str]) -> list[str]:
         return Translator(model, tokenizer).translate(lines, self._strategy, **self._options)

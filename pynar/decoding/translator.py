@@ -133,14 +133,32 @@ class Translator:
                 pieces.append(ids)
                 owners.append(number)
         parts: list[list[Translation]] = [[] for _ in lines]
-        results: list[Translation | None] = [None] * len(pieces)
-        for batch in _batches([len(piece) for piece in pieces], max_tokens):
-            decoded = self._decode_batch([pieces[i] for i in batch], batch, decoding)
-            for i, result in zip(batch, decoded, strict=True):
-                results[i] = result
+        results = self.decode_ids(pieces, decoding, max_tokens=max_tokens)
         for owner, result in zip(owners, results, strict=True):
             parts[owner].append(result)
         return [_join(part) for part in parts]
+
+    def decode_ids(
+        self,
+        sources: Sequence[Sequence[int]],
+        strategy: Strategy,
+        *,
+        names: Sequence[int] | None = None,
+        max_tokens: int = 4096,
+    ) -> list[Translation]:
+        """Translations of source ids without EOS; no source may be empty.
+
+        `names` are numbers for the sentences, from which `Sampling` draws; their places if None.
+        """
+        names = range(len(sources)) if names is None else names
+        results: list[Translation | None] = [None] * len(sources)
+        for batch in _batches([len(ids) for ids in sources], max_tokens):
+            decoded = self._decode_batch(
+                [sources[i] for i in batch], [names[i] for i in batch], strategy
+            )
+            for i, result in zip(batch, decoded, strict=True):
+                results[i] = result
+        return results  # type: ignore[return-value]
 
     def strategy(
         self, chosen: Strategy | str | None = None, options: dict[str, Any] | None = None
@@ -163,7 +181,7 @@ class Translator:
         return source.to(self.device), lengths.to(self.device)
 
     def _decode_batch(
-        self, sources: list[list[int]], names: list[int], decoding: Strategy
+        self, sources: list[Sequence[int]], names: list[int], decoding: Strategy
     ) -> list[Translation]:
         source, lengths = self.batch(sources)
         hypotheses = decoding.decode(self.model, source, lengths, indices=torch.tensor(names))

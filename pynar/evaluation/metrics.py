@@ -109,7 +109,14 @@ def compare(
     )()
     names = [str(name) for name in scores.pop("System")]
     return [
-        Comparison(name, metric, result.score, result.ci, result.p_value, str(signatures[metric]))
+        Comparison(
+            name,
+            metric,
+            float(result.score),
+            float(result.ci),
+            None if result.p_value is None else float(result.p_value),
+            str(signatures[metric]),
+        )
         for metric, results in scores.items()
         for name, result in zip(names, results, strict=True)
     ]

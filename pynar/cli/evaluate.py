@@ -1,0 +1,150 @@
+"""`pynar evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import pynar
+from pynar.data import read_lines
+from pynar.decoding import Strategy, Translator, strategy
+from pynar.evaluation import compare, evaluate, machine, measure_speed
+from pynar.evaluation.metrics import Quality
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--reference", required=True, nargs="+", help="one file a reference")
+    parser.add_argument(
+        "--hypothesis", nargs="+", default=[], help="translations; the first is the baseline"
+    )
+    parser.add_argument("--source", help="file to translate with the models")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=[],
+        metavar="DIR[:OPTION=VALUE,...]",
+        help="checkpoints to translate with and to time, e.g. runs/cmlm/best:iterations=4; an "
+        "autoregressive one is measured with greedy search and with beam search",
+    )
+    parser.add_argument("--latency-sentences", type=int, default=100)
+    parser.add_argument("--bootstrap", type=int, default=1000, help="samples; 0 leaves it out")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", help="file to write the results to")
+
+
+def run(options: argparse.Namespace) -> None:
+    if not options.hypothesis and not options.model:
+        raise ValueError("give --hypothesis files, or --source and --model checkpoints")
+    if options.model and options.source is None:
+        raise ValueError("--model needs --source, the text to translate")
+    references = [read_lines(path) for path in options.reference]
+    systems = [(path, read_lines(path)) for path in options.hypothesis]
+    rows = [
+        {"system": name, **_scores(evaluate(lines, references))} for name, lines in systems
+    ]
+    if options.model:
+        source = read_lines(options.source)
+        models = [model for text in options.model for model in _models(text, options.device)]
+        print(f"timing {len(models)} systems: {machine(options.device)}")
+        speeds = measure_speed(
+            [(translator, chosen) for _, translator, chosen in models],
+            source,
+            latency_sentences=options.latency_sentences,
+        )
+        for (name, translator, chosen), speed in zip(models, speeds, strict=True):
+            lines = [result.text for result in translator.decode(source, chosen)]
+            systems.append((name, lines))
+            scores = _scores(evaluate(lines, references))
+            rows.append({"system": name, **scores, **dataclasses.asdict(speed)})
+    _print(rows)
+    if len(systems) > 1 and options.bootstrap:
+        _print_comparison(systems, references, options.bootstrap)
+    if options.json:
+        content = {"machine": machine(options.device), "rows": rows}
+        Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _models(text: str, device: str) -> list[tuple[str, Translator, Strategy]]:
+    """The systems of one `--model`: the strategy asked for, or what the family is compared by."""
+    directory, _, changes = text.partition(":")
+    options = {}
+    for change in filter(None, changes.split(",")):
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"--model: expected OPTION=VALUE after the colon, got {change!r}")
+        options[key] = json.loads(value) if value[:1] in "-0123456789tf[" else value
+    translator = pynar.load(directory, device=device)
+    name = options.pop("strategy", None)
+    if name is None and not options and "beam" in translator.model.strategies:
+        names: Sequence[str | None] = ("greedy", "beam")
+    else:
+        names = (name,)
+    return [
+        (
+            f"{directory} {_label(chosen)}",
+            translator,
+            chosen,
+        )
+        for chosen in (strategy(translator.model, name, options) for name in names)
+    ]
+
+
+def _label(chosen: Strategy) -> str:
+    """The strategy's name and its options other than the defaults, as one would write them."""
+    plain = type(chosen)()
+    fields = dataclasses.fields(chosen)  # type: ignore[arg-type]
+    changed = [
+        f"{field.name}={getattr(chosen, field.name)}"
+        for field in fields
+        if getattr(chosen, field.name) != getattr(plain, field.name)
+        or field.name in ("beam", "iterations")
+    ]
+    return f"{type(chosen).__name__}({', '.join(changed)})"
+
+
+def _scores(quality: Quality) -> dict[str, object]:
+    return dataclasses.asdict(quality)
+
+
+def _print(rows: list[dict]) -> None:
+    columns = {
+        "bleu": "BLEU",
+        "chrf": "chrF++",
+        "ter": "TER",
+        "repetition": "rep. %",
+        "length_ratio": "length",
+        "passes": "passes",
+        "p50_ms": "ms p50",
+        "p95_ms": "p95",
+        "p99_ms": "p99",
+        "sentences_per_second": "sent./s",
+    }
+    shown = [key for key in columns if any(key in row for row in rows)]
+    table = Table("system", *(columns[key] for key in shown))
+    for row in rows:
+        digits = {"length_ratio": 3}
+        cells = (
+            f"{row[key]:.{digits.get(key, 2)}f}" if key in row else "-" for key in shown
+        )
+        table.add_row(row["system"], *cells)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table)
+    for name, signature in rows[0]["signatures"].items():
+        print(f"{name}: {signature}")
+
+
+def _print_comparison(
+    systems: list[tuple[str, list[str]]], references: list[list[str]], samples: int
+) -> None:
+    print("paired bootstrap against the first system:")
+    for row in compare(systems, references, samples=samples):
+        p = "baseline" if row.p_value is None else f"p = {row.p_value:.4f}"
+        print(f"  {row.metric:8} {row.score:6.2f} ± {row.interval:.2f}  {p}  {row.system}")

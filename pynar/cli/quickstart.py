@@ -1,0 +1,254 @@
+"""`pynar quickstart`: the whole journey on a corpus that PyNAR generates, in minutes on a CPU."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import pynar
+from pynar.cli.plots import plot_quality_latency
+from pynar.cli.train import train_recipe
+from pynar.data import Manifest, prepare
+from pynar.data.normalisation import Example, corpus, exact_match
+from pynar.decoding import BeamSearch, Greedy, MaskPredict, Strategy, Translator
+from pynar.distill import distill
+from pynar.evaluation import evaluate, machine, measure_speed
+
+SIZES = {"train": 20000, "valid": 500, "test": 500}
+SEED = 1
+# Students by name: recipe and training data.
+STUDENTS = {
+    f"{family}-{kind}": (f"quickstart_{family}", kind)
+    for family in ("cmlm", "nat")
+    for kind in ("raw", "distilled")
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table. `speedup` is latency against the teacher's greedy search."""
+
+    system: str
+    data: str
+    passes: float
+    exact_match: float
+    bleu: float
+    repetition: float
+    ms_per_sentence: float
+    sentences_per_second: float
+    speedup: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", default="runs/quickstart", help="directory for everything")
+    parser.add_argument(
+        "--updates", type=float, default=1.0, help="scale all training, e.g. 0.1 for a quick look"
+    )
+    parser.add_argument("--seed", type=int, default=SEED)
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.updates <= 0:
+        raise ValueError(f"--updates must be positive, got {options.updates}")
+    start = time.perf_counter()
+    output = Path(options.output)
+    _claim(output, {"updates": options.updates, "seed": options.seed, **SIZES})
+    console = Console()
+    train, valid, test = corpus(*SIZES.values(), seed=options.seed)
+
+    _title(console, start, "1. Text: English sentences with figures, to be read aloud")
+    for example in train[:3]:
+        print(f"  {example.source}\n    {' | '.join(sorted(example.readings))}")
+    _prepare(output, train, valid)
+
+    _title(console, start, "2. An autoregressive teacher")
+    _train(options, output, "quickstart_ar", "raw", "teacher")
+
+    _title(console, start, "3. Distillation: the training text as the teacher reads it (beam 5)")
+    if not (output / "data-distilled").exists():
+        teacher = pynar.load(output / "teacher" / "best")
+        distill(teacher, output / "data-raw", output / "data-distilled", BeamSearch(beam=5))
+    _print_distilled(output, train)
+
+    for number, (name, (recipe, kind)) in enumerate(STUDENTS.items(), 4):
+        _title(console, start, f"{number}. Student {name}")
+        _train(options, output, recipe, kind, name)
+
+    _title(console, start, "8. Quality and speed, side by side on the test sentences")
+    rows = _measure(output, test)
+    _print_table(console, rows)
+    _print_passes(output, test)
+    results = [dataclasses.asdict(row) for row in rows]
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    plot_quality_latency(output / "quality_latency.png", rows, machine())
+    print(f"\n{machine()}; finished after {time.perf_counter() - start:.0f} s")
+    print(f"{output}/results.json, {output}/quality_latency.png, and a model in every folder: try")
+    print(f"  echo 'Tea is at 4:15 on 7 May.' | pynar translate {output}/cmlm-distilled/best")
+
+
+def _claim(output: Path, settings: dict[str, float]) -> None:
+    """Takes the directory for these settings; a run that was interrupted goes on there."""
+    path = output / "quickstart.json"
+    if path.exists():
+        if json.loads(path.read_text()) != settings:
+            raise ValueError(
+                f"{output} holds a quickstart with other settings; remove it, or choose another "
+                "--output"
+            )
+        return
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; remove it, or choose another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(settings))
+    os.replace(temporary, path)
+
+
+def _title(console: Console, start: float, text: str) -> None:
+    console.print(f"\n[bold]{text}[/bold]  ({time.perf_counter() - start:.0f} s)", highlight=False)
+
+
+def _prepare(output: Path, train: Sequence[Example], valid: Sequence[Example]) -> None:
+    if (output / "data-raw").exists():
+        return
+    text = output / "text"
+    text.mkdir(exist_ok=True)
+    for split, examples in (("train", train), ("valid", valid)):
+        for side in ("source", "target"):
+            lines = "".join(getattr(example, side) + "\n" for example in examples)
+            (text / f"{split}.{side}").write_text(lines, encoding="utf-8")
+    paths = {split: (text / f"{split}.source", text / f"{split}.target") for split in SIZES}
+    prepare(
+        output / "data-raw",
+        train=paths["train"],
+        valid=paths["valid"],
+        vocab_size=500,
+        split_digits=True,
+    )
+
+
+def _train(
+    options: argparse.Namespace, output: Path, recipe: str, kind: str, name: str
+) -> None:
+    train_recipe(
+        recipe,
+        output / f"data-{kind}",
+        output / name,
+        scale=options.updates,
+        changes=[f"training.seed={options.seed}"],
+    )
+
+
+def _print_distilled(output: Path, train: Sequence[Example]) -> None:
+    manifest = Manifest.load(output / "data-distilled")
+    pairs = manifest.splits["train"].pairs
+    print(f"  {pairs} of {len(train)} sentences")
+
+
+def _systems(output: Path) -> list[tuple[str, str, Translator, Strategy]]:
+    """(system, data, model, strategy) of every row of the table."""
+    teacher = pynar.load(output / "teacher" / "best")
+    systems: list[tuple[str, str, Translator, Strategy]] = [
+        ("AR greedy", "raw", teacher, Greedy()),
+        ("AR beam 5", "raw", teacher, BeamSearch(beam=5)),
+    ]
+    for name, (recipe, kind) in STUDENTS.items():
+        student = pynar.load(output / name / "best")
+        if recipe == "quickstart_nat":
+            systems.append(("vanilla NAT", kind, student, MaskPredict(1)))
+        else:
+            for passes in (1, 4, 10):
+                systems.append((f"CMLM {passes}", kind, student, MaskPredict(passes)))
+    return systems
+
+
+def _measure(output: Path, test: Sequence[Example]) -> list[Row]:
+    systems = _systems(output)
+    sources = [example.source for example in test]
+    references = _references(test)
+    speeds = measure_speed([system[2:] for system in systems], sources, latency_sentences=50)
+    baseline = speeds[0].p50_ms
+    rows = []
+    for (name, kind, translator, strategy), speed in zip(systems, speeds, strict=True):
+        lines = [result.text for result in translator.decode(sources, strategy)]
+        quality = evaluate(lines, references)
+        rows.append(
+            Row(
+                system=name,
+                data=kind,
+                passes=round(speed.passes, 1),
+                exact_match=round(exact_match(lines, list(test)), 2),
+                bleu=round(quality.bleu, 2),
+                repetition=round(quality.repetition, 2),
+                ms_per_sentence=round(speed.p50_ms, 2),
+                sentences_per_second=round(speed.sentences_per_second, 1),
+                speedup=round(baseline / speed.p50_ms, 2),
+            )
+        )
+    return rows
+
+
+def _references(test: Sequence[Example]) -> list[list[str]]:
+    """Every valid reading is a reference; sentences with fewer repeat their last one."""
+    readings = [sorted(example.readings) for example in test]
+    most = max(map(len, readings))
+    return [[own[min(i, len(own) - 1)] for own in readings] for i in range(most)]
+
+
+def _print_table(console: Console, rows: Sequence[Row]) -> None:
+    table = Table(
+        "system",
+        "trained on",
+        "passes",
+        "exact match %",
+        "BLEU",
+        "repeated %",
+        "ms a sentence (batch 1)",
+        "sentences/s (batches)",
+        "speed-up (batch 1)",
+    )
+    for row in rows:
+        table.add_row(
+            row.system,
+            row.data,
+            f"{row.passes:.1f}",
+            f"{row.exact_match:.1f}",
+            f"{row.bleu:.1f}",
+            f"{row.repetition:.2f}",
+            f"{row.ms_per_sentence:.1f}",
+            f"{row.sentences_per_second:.0f}",
+            f"{row.speedup:.2f}x",
+        )
+    (console if console.is_terminal else Console(width=130)).print(table)
+    print("speed-up: against the teacher's greedy search; exact match: any valid reading counts")
+
+
+def _print_passes(output: Path, test: Sequence[Example]) -> None:
+    """Shows what each pass of mask-predict fixed, where it fixed something."""
+    student = pynar.load(output / "cmlm-distilled" / "best")
+    strategy = MaskPredict(4, trace=True)
+    results = student.decode([example.source for example in test[:100]], strategy)
+    changing = [
+        (example, result)
+        for example, result in zip(test, results, strict=False)
+        if len(set(result.trace)) > 1
+    ]
+    for example, result in changing[:3]:
+        print(f"\n  {example.source}")
+        before: list[str] = []
+        for number, line in enumerate(result.trace, 1):
+            pieces = line.split(" ")
+            changed = [
+                f"[{new}]" if before and old != new else new
+                for old, new in zip(before or pieces, pieces, strict=True)
+            ]
+            print(f"    pass {number}: {' '.join(changed).replace('▁', '_')}")
+            before = pieces

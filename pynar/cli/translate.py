@@ -1,0 +1,79 @@
+"""`pynar translate`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+import pynar
+from pynar.cli.decoding import add_decoding_arguments, chosen_strategy
+from pynar.data import read_lines
+from pynar.decoding import Translation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="checkpoint")
+    parser.add_argument("--input", help="file, plain or gzipped; standard input if not given")
+    parser.add_argument("--output", help="file; standard output if not given")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="source tokens a batch")
+    parser.add_argument("--max-source-tokens", type=int, default=200, help="see --on-long")
+    parser.add_argument(
+        "--on-long", choices=("split", "error"), default="split", help="for longer lines"
+    )
+    parser.add_argument(
+        "--scores", action="store_true", help="n best a line: number, score and text by tabs"
+    )
+    parser.add_argument("--device", default="cpu")
+    add_decoding_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    translator = pynar.load(options.model, device=options.device)
+    strategy = chosen_strategy(options, translator)
+    lines = read_lines(sys.stdin.buffer if options.input is None else options.input)
+    start = time.perf_counter()
+    results = translator.decode(
+        lines,
+        strategy,
+        max_tokens=options.max_tokens,
+        max_source_tokens=options.max_source_tokens,
+        on_long=options.on_long,
+    )
+    seconds = time.perf_counter() - start
+    _write(options.output, results, options.scores)
+    passes = sum(result.passes for result in results)
+    if lines:
+        print(
+            f"{len(lines)} lines in {seconds:.2f} s ({len(lines) / seconds:.1f} a second), "
+            f"{passes / len(lines):.1f} decoder passes a line",
+            file=sys.stderr,
+        )
+
+
+def _write(output: str | None, results: list[Translation], scores: bool) -> None:
+    if output is None:
+        _print(sys.stdout, results, scores)
+        return
+    # Under another name until it is whole, so that an interrupted run leaves no half a file.
+    path = Path(output)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+            _print(stream, results, scores)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _print(stream: TextIO, results: list[Translation], scores: bool) -> None:
+    for number, result in enumerate(results):
+        if not scores:
+            stream.write(result.text + "\n")
+            continue
+        for text, score in result.alternatives or [("", 0.0)]:
+            stream.write(f"{number}\t{score:.4f}\t{text}\n")
