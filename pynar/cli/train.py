@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +14,7 @@ from pynar.decoding import Translator
 from pynar.models import build
 from pynar.recipes import load_recipe, recipe_names
 from pynar.strict import from_dict
-from pynar.training import TrainingConfig, TrainingResult, train
-
-__all__ = ["add_arguments", "run", "train_recipe"]
+from pynar.training import TrainingConfig, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,35 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    result = train_recipe(
-        options.recipe,
-        options.data,
-        options.output,
-        changes=options.set,
-        init_from=options.init_from,
-        resume=options.resume,
-    )
-    print(f"done after {result.update} updates: {result.averaged or result.best or result.last}")
-
-
-def train_recipe(
-    name: str,
-    data: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    changes: Sequence[str] = (),
-    init_from: str | None = None,
-    resume: str = "auto",
-    scale: float = 1.0,
-) -> TrainingResult:
-    """Trains the model of a recipe on prepared data; `scale` multiplies the recipe's updates."""
-    recipe = load_recipe(name, changes)
-    updates = dict(recipe.training)
-    for key in ("max_updates", "warmup_updates", "validate_every", "checkpoint_every"):
-        if scale != 1.0 and key in updates:
-            updates[key] = max(1, round(scale * updates[key]))
-    config = from_dict(TrainingConfig, updates, where="training")
-    tokenizer = Tokenizer.load(data)
+    recipe = load_recipe(options.recipe, options.set)
+    config = from_dict(TrainingConfig, recipe.training, where="training")
+    tokenizer = Tokenizer.load(options.data)
     torch.manual_seed(config.seed)
     model = build(
         {
@@ -70,15 +41,16 @@ def train_recipe(
             **recipe.model,
         }
     )
-    return train(
+    result = train(
         model,
-        data,
-        output,
+        options.data,
+        options.output,
         config,
-        init_from=init_from,
-        resume=resume,
+        init_from=options.init_from,
+        resume=options.resume,
         translate=_Translate(recipe.validation),
     )
+    print(f"done after {result.update} updates: {result.averaged or result.best or result.last}")
 
 
 class _Translate:

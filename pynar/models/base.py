@@ -102,6 +102,11 @@ class TranslationModel(nn.Module):
         self.decoder = Decoder(config.decoder_layers, *sizes, **habits)
         self.dropout = nn.Dropout(config.dropout)
         self.apply(self._initialise)
+        if config.init == "xavier":
+            # Beside scaled token embeddings of unit variance, smaller positions go unheard.
+            for embedding in (self.source_embedding, self.target_embedding):
+                if embedding.learned is not None:
+                    nn.init.normal_(embedding.learned.weight)
 
     def _initialise(self, module: nn.Module) -> None:
         bert = self.config.init == "bert"
