@@ -18,10 +18,31 @@
 
 namespace pynar::PYNAR_ISA {
 
-// Coefficients of 2^f on [-1/2, 1/2] for the least relative error, 9e-8, with 2^0 exactly 1.
-constexpr float kExp2Coefficients[6] = {
-    1.f, 6.931470037e-01f, 2.402224243e-01f, 5.550733581e-02f, 9.671512991e-03f, 1.326472731e-03f};
-// Arguments of exp2() are raised to this, which keeps results normal: 2^-125 stands for zero.
+// Coefficients of 2^f on [0, 1) for the least relative error with 2^0 exactly 1. kFull: 9e-8.
+// kShort: 3e-6, for arguments that came with 11 bits or fewer.
+enum class Precision { kFull, kShort };
+
+template <Precision>
+struct Exp2;
+template <>
+struct Exp2<Precision::kFull> {
+  static constexpr int kDegree = 5;
+  static constexpr float kCoefficients[] = {1.f,
+                                            6.931512952e-01f,
+                                            2.401644439e-01f,
+                                            5.579991266e-02f,
+                                            9.017030708e-03f,
+                                            1.867130050e-03f};
+};
+template <>
+struct Exp2<Precision::kShort> {
+  static constexpr int kDegree = 4;
+  static constexpr float kCoefficients[] = {1.f, 6.930448413e-01f, 2.412801981e-01f,
+                                            5.224247277e-02f, 1.342668477e-02f};
+};
+
+// Where the exponent of a result is set by integer arithmetic, it must stay that of a normal
+// number.
 constexpr float kExp2Lowest = -125.f;
 
 // Any type, any processor: a short array that the compiler turns into vectors where it can.
@@ -91,17 +112,31 @@ inline T reduce_add(Simd<T> a) {
   return a.lane[0];
 }
 
-// exp(x - shift), for x <= shift or NaN; results below 2^-125 come out as 2^-125.
-inline Simd<float> exp_shifted(Simd<float> x, Simd<float> shift);
-
-inline Simd<double> exp_shifted(Simd<double> x, Simd<double> shift) {
-  for (int i = 0; i < Simd<double>::kLanes; ++i) {
-    x.lane[i] = __builtin_exp(x.lane[i] - shift.lane[i]);
-  }
-  return x;
+// kCount neighbouring elements for each of the kLanes lanes, in any order: 16-bit elements that
+// need not be put in order are converted in half the time. For sums and maxima.
+template <int kCount, typename T, typename Storage>
+inline void load_unordered(const Storage* p, Simd<T> (&out)[kCount]) {
+  for (int i = 0; i < kCount; ++i) out[i] = Simd<T>::load(p + i * Simd<T>::kLanes);
 }
 
-constexpr float kLog2E = 1.44269504f;
+template <typename T>
+inline Simd<T> multiply_add(Simd<T> a, Simd<T> b, Simd<T> c) {
+  for (int i = 0; i < Simd<T>::kLanes; ++i) a.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+  return a;
+}
+
+// 2^y, for y below 1 or NaN. Results below 2^-125 may come out as that or anything smaller.
+template <Precision kPrecision>
+inline Simd<float> exp2(Simd<float> y);
+
+template <Precision>
+inline Simd<double> exp2(Simd<double> y) {
+  for (int i = 0; i < Simd<double>::kLanes; ++i) y.lane[i] = __builtin_exp2(y.lane[i]);
+  return y;
+}
+
+template <typename T>
+constexpr T kLog2E = static_cast<T>(1.4426950408889634);
 
 #if defined(__AVX512F__)
 
@@ -150,15 +185,32 @@ inline float reduce_add(Simd<float> a) {
   return _mm512_reduce_add_ps(a.v);
 }
 
-inline Simd<float> exp_shifted(Simd<float> x, Simd<float> shift) {
-  const float* c = kExp2Coefficients;
-  __m512 y = _mm512_mul_ps(_mm512_sub_ps(x.v, shift.v), _mm512_set1_ps(kLog2E));
-  y = _mm512_max_ps(_mm512_set1_ps(kExp2Lowest), y);
-  const __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(y, n);
-  __m512 p = _mm512_set1_ps(c[5]);
-  for (int i = 4; i >= 0; --i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c[i]));
-  return {_mm512_scalef_ps(p, n)};
+template <>
+inline Simd<float> multiply_add(Simd<float> a, Simd<float> b, Simd<float> c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+
+template <Precision kPrecision>
+inline Simd<float> exp2(Simd<float> y) {
+  using E = Exp2<kPrecision>;
+  // y - floor(y), 0 for -inf; scalef then multiplies by 2^floor(y).
+  const __m512 f = _mm512_reduce_ps(y.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(E::kCoefficients[E::kDegree]);
+  for (int i = E::kDegree - 1; i >= 0; --i) {
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(E::kCoefficients[i]));
+  }
+  return {_mm512_scalef_ps(p, y.v)};
+}
+
+template <int kCount>
+inline void load_unordered(const BFloat16* p, Simd<float> (&out)[kCount]) {
+  static_assert(kCount % 2 == 0);
+  for (int i = 0; i < kCount; i += 2) {
+    const __m512i pairs = _mm512_loadu_si512(p + i * Simd<float>::kLanes);
+    out[i] = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+    out[i + 1] = {_mm512_castsi512_ps(
+        _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
 }
 
 #elif defined(__AVX2__)
@@ -212,32 +264,53 @@ inline float reduce_add(Simd<float> a) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
-inline Simd<float> exp_shifted(Simd<float> x, Simd<float> shift) {
-  const float* c = kExp2Coefficients;
-  __m256 y = _mm256_mul_ps(_mm256_sub_ps(x.v, shift.v), _mm256_set1_ps(kLog2E));
-  y = _mm256_max_ps(_mm256_set1_ps(kExp2Lowest), y);
-  const __m256 n = _mm256_round_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+template <>
+inline Simd<float> multiply_add(Simd<float> a, Simd<float> b, Simd<float> c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+
+template <Precision kPrecision>
+inline Simd<float> exp2(Simd<float> argument) {
+  using E = Exp2<kPrecision>;
+  const __m256 y = _mm256_max_ps(_mm256_set1_ps(kExp2Lowest), argument.v);
+  const __m256 n = _mm256_floor_ps(y);
   const __m256 f = _mm256_sub_ps(y, n);
-  __m256 p = _mm256_set1_ps(c[5]);
-  for (int i = 4; i >= 0; --i) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(c[i]));
-  // p lies in [0.7, 1.5] and n in [-125, 0], so adding n to the exponent field stays in range; a
-  // NaN has all ones there, and an n of 0x80000000 shifted left leaves it alone.
+  __m256 p = _mm256_set1_ps(E::kCoefficients[E::kDegree]);
+  for (int i = E::kDegree - 1; i >= 0; --i) {
+    p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(E::kCoefficients[i]));
+  }
+  // p lies in [1, 2] and n in [-125, 0], so adding n to the exponent field stays in range; a NaN
+  // converts to 0x80000000, of which shifting leaves nothing.
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent))};
 }
 
+template <int kCount>
+inline void load_unordered(const BFloat16* p, Simd<float> (&out)[kCount]) {
+  static_assert(kCount % 2 == 0);
+  for (int i = 0; i < kCount; i += 2) {
+    const __m256i pairs =
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i * Simd<float>::kLanes));
+    out[i] = {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))};
+    out[i + 1] = {_mm256_castsi256_ps(
+        _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+  }
+}
+
 #else
 
-inline Simd<float> exp_shifted(Simd<float> x, Simd<float> shift) {
-  const float* c = kExp2Coefficients;
-  // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, whose value the low bits hold.
+template <Precision kPrecision>
+inline Simd<float> exp2(Simd<float> x) {
+  using E = Exp2<kPrecision>;
+  // Adding and taking away 1.5 * 2^23 rounds to the nearest integer, whose value the low bits hold;
+  // of y - 1/2 that is floor(y), or for an integer y the one below, which does as well.
   constexpr float kRound = 12582912.f;
   for (int i = 0; i < Simd<float>::kLanes; ++i) {
-    float y = (x.lane[i] - shift.lane[i]) * kLog2E;
-    y = kExp2Lowest > y ? kExp2Lowest : y;
-    const float rounded = y + kRound;
+    const float y = kExp2Lowest > x.lane[i] ? kExp2Lowest : x.lane[i];
+    const float rounded = (y - 0.5f) + kRound;
     const float f = y - (rounded - kRound);
-    const float p = ((((c[5] * f + c[4]) * f + c[3]) * f + c[2]) * f + c[1]) * f + c[0];
+    float p = E::kCoefficients[E::kDegree];
+    for (int k = E::kDegree - 1; k >= 0; --k) p = p * f + E::kCoefficients[k];
     uint32_t p_bits;
     uint32_t rounded_bits;
     memcpy(&p_bits, &p, sizeof(p_bits));

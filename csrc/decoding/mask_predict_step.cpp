@@ -36,7 +36,7 @@ class Pass {
  public:
   using A = accumulation_t<T>;
   using Vector = Simd<A>;
-  static constexpr int kVectors = 8;
+  static constexpr int kVectors = 4;
   static constexpr int64_t kBlock = kVectors * Vector::kLanes;
 
   Pass() {
@@ -45,35 +45,55 @@ class Pass {
 
   void add_block(const T* block, int64_t first) {
     Vector x[kVectors];
-    for (int i = 0; i < kVectors; ++i) x[i] = Vector::load(block + i * Vector::kLanes);
+    load_unordered(block, x);
     Vector greatest = x[0];
     for (int i = 1; i < kVectors; ++i) greatest = max(greatest, x[i]);
     if (any_greater(greatest, max_)) [[unlikely]]
       raise_max(reduce_max(greatest), first);
-    if (first_of_max_ < 0) [[unlikely]] {
+    const Vector log2e = Vector::broadcast(kLog2E<A>);
+    if (near_) [[likely]] {
+      for (int i = 0; i < kVectors; ++i) {
+        sum_[i] = add(sum_[i], exp2<kPrecision>(multiply_add(x[i], log2e, offset_)));
+      }
+    } else if (first_of_max_ >= 0) {
+      for (int i = 0; i < kVectors; ++i) {
+        sum_[i] = add(sum_[i], exp2<kPrecision>(mul(sub(x[i], max_), log2e)));
+      }
+    } else {
       for (int64_t i = 0; i < kBlock; ++i) {
         const A value = to_accumulation(block[i]);
         undefined_ = undefined_ || value != value;
       }
-      return;
     }
-    for (int i = 0; i < kVectors; ++i) sum_[i] = add(sum_[i], exp_shifted(x[i], max_));
   }
 
   A greatest() const { return scalar_max_; }
   // Where the block begins that holds the first of the greatest logits; -1 if all are -inf or NaN.
   int64_t first_of_max() const { return first_of_max_; }
-  // NaN where the logits hold one.
-  A sum() const {
+  // The logarithm of the sum of exp(logit - greatest()); NaN where the logits hold one.
+  double log_sum() const {
     Vector total = sum_[0];
     for (int i = 1; i < kVectors; ++i) total = add(total, sum_[i]);
-    return undefined_ ? static_cast<A>(__builtin_nanf("")) : reduce_add(total);
+    return undefined_ ? __builtin_nan("") : __builtin_log(reduce_add(total)) - residual_;
   }
 
  private:
+  static constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kShort : Precision::kFull;
+
+  // A term is 2^(x log2e + exponent_). One multiply-add yields that power where exponent_ is a
+  // float beside which log2e * max lies close enough; what the rounding of exponent_ adds to every
+  // term alike is taken off in the end. For logits as great as a mask of 1e9, and in float64, the
+  // maximum is subtracted first.
   void raise_max(A max, int64_t first) {
-    const Vector scale = Vector::broadcast(__builtin_exp(scalar_max_ - max));
-    for (int i = 0; i < kVectors; ++i) sum_[i] = mul(sum_[i], scale);
+    const double scaled = static_cast<double>(max) * kLog2E<A>;
+    near_ = sizeof(A) == 4 && max > A(-4096) && max < A(4096);
+    const double exponent = near_ ? static_cast<double>(static_cast<A>(-scaled)) : -scaled;
+    residual_ = near_ ? (scaled + exponent) * 0.6931471805599453 : 0.;
+    const A factor =
+        first_of_max_ < 0 ? A(0) : static_cast<A>(__builtin_exp2(exponent - exponent_));
+    for (int i = 0; i < kVectors; ++i) sum_[i] = mul(sum_[i], Vector::broadcast(factor));
+    exponent_ = exponent;
+    offset_ = Vector::broadcast(static_cast<A>(exponent));
     scalar_max_ = max;
     max_ = Vector::broadcast(max);
     first_of_max_ = first;
@@ -81,6 +101,10 @@ class Pass {
 
   A scalar_max_ = kNegativeInfinity<A>;
   Vector max_ = Vector::broadcast(kNegativeInfinity<A>);
+  Vector offset_ = Vector::broadcast(0);
+  double exponent_ = 0;
+  double residual_ = 0;
+  bool near_ = false;
   Vector sum_[kVectors];
   int64_t first_of_max_ = -1;
   bool undefined_ = false;
@@ -113,8 +137,7 @@ BestSymbol<T> best_symbol(const T* logits, int64_t size) {
     pass.add_block(edge, v);
   }
 
-  const A sum = pass.sum();
-  const A score = -static_cast<A>(__builtin_log(static_cast<double>(sum)));
+  const A score = static_cast<A>(-pass.log_sum());
   if (pass.first_of_max() < 0 || score != score) {
     return {kUnk, static_cast<A>(__builtin_nanf(""))};
   }

@@ -191,6 +191,33 @@ def test_cases_worked_by_hand(name: str, function: Any, device: torch.device) ->
     assert_same(got, want)
 
 
+@pytest.mark.parametrize("shift", [-1e9, -5000, -100, 100, 4090, 5000, 1e9])
+def test_scores_do_not_depend_on_the_size_of_logits(shift: float, device: torch.device) -> None:
+    logits, *rest = make_arguments(2, 7, 1003, device=device)
+    shifted = logits + shift
+    want_tokens, want_scores = reference.mask_predict_step(
+        shifted.double(), rest[0], rest[1].double(), *rest[2:]
+    )
+    got = mask_predict_step(shifted, *rest)
+    assert_same(got, (want_tokens, want_scores.to(torch.float32)))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_equal_logits_are_uniform_at_any_size(dtype: torch.dtype, device: torch.device) -> None:
+    limits = torch.finfo(dtype)
+    for value in (limits.min, -1.0, 0.0, limits.tiny, limits.max):
+        logits, tokens, scores, lengths, num_masked = make_arguments(1, 2, 37, dtype=dtype)
+        arguments = (
+            torch.full_like(logits, value).to(device),
+            torch.full_like(tokens, MASK).to(device),
+            scores.to(device),
+            lengths.to(device),
+            torch.zeros_like(num_masked).to(device),
+        )
+        want = torch.full_like(scores, -math.log(35), device=device)
+        assert_same(mask_predict_step(*arguments), (torch.full_like(arguments[1], BOS), want))
+
+
 def brute_force(
     logits: list[list[float]],
     tokens: list[int],

@@ -34,7 +34,7 @@ def _compile(source: str, kernels: list[str]) -> None:
     compiler = pytest.importorskip("cupy.cuda.compiler", reason="CuPy is not installed")
     try:
         program = compiler._NVRTCProgram(
-            f'#include "{source}"\n', "kernel.cu", name_expressions=tuple(kernels)
+            _nvrtc.program(source), "kernel.cu", name_expressions=tuple(kernels)
         )
     except RuntimeError as error:
         pytest.skip(f"no NVRTC library: {error}")
