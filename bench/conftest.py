@@ -168,9 +168,15 @@ def device_or_skip(name: str) -> torch.device:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """Names the commit; "-dirty" if what is timed, or times, differs from it."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parent.parent
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "csrc", "pynar/ops", "pynar/reference", "bench")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:

@@ -1,10 +1,11 @@
 // Runs the kernels of mask_predict_step on files: the arguments are dtype, B, T, V, an offset in
 // elements at which the logits begin (which decides how they are aligned), a seed and a folder.
 #include "cuda_on_host.h"
-#include "decoding/mask_predict_step.cuh"
 
 #include <fstream>
 #include <string>
+
+#include "decoding/mask_predict_step.cuh"
 
 namespace {
 
