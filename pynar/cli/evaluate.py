@@ -45,9 +45,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--model needs --source, the text to translate")
     references = [read_lines(path) for path in options.reference]
     systems = [(path, read_lines(path)) for path in options.hypothesis]
-    rows = [
-        {"system": name, **_scores(evaluate(lines, references))} for name, lines in systems
-    ]
+    rows = [{"system": name, **_scores(evaluate(lines, references))} for name, lines in systems]
     if options.model:
         source = read_lines(options.source)
         models = [model for text in options.model for model in _models(text, options.device)]
@@ -129,9 +127,7 @@ def _print(rows: list[dict]) -> None:
     table = Table("system", *(columns[key] for key in shown))
     for row in rows:
         digits = {"length_ratio": 3}
-        cells = (
-            f"{row[key]:.{digits.get(key, 2)}f}" if key in row else "-" for key in shown
-        )
+        cells = (f"{row[key]:.{digits.get(key, 2)}f}" if key in row else "-" for key in shown)
         table.add_row(row["system"], *cells)
     console = Console()
     if not console.is_terminal:

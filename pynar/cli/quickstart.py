@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -19,22 +19,14 @@ from rich.table import Table
 
 import pynar
 from pynar.cli.plots import plot_quality_latency
-from pynar.data import Manifest, prepare
+from pynar.data import prepare
 from pynar.data.normalisation import Example, corpus, exact_match
 from pynar.decoding import BeamSearch, Greedy, MaskPredict, Strategy, Translator
-from pynar.distill import distill
 from pynar.evaluation import evaluate, machine, measure_speed
 from pynar.recipes import load_recipe
 
 SIZES = {"train": 25000, "valid": 500, "test": 500}
 SEED = 1
-# Models by name: recipe and training data.
-TEACHER = {"teacher": ("quickstart_ar", "raw")}
-STUDENTS = {
-    f"{family}-{kind}": (f"quickstart_{family}", kind)
-    for family in ("cmlm", "nat")
-    for kind in ("raw", "distilled")
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,19 +66,10 @@ def run(options: argparse.Namespace) -> None:
         print(f"  {example.source}\n    {' | '.join(sorted(example.readings))}")
     _prepare(output, train, valid)
 
-    _title(console, start, "2. An autoregressive teacher")
-    _train(options, output, TEACHER)
+    _title(console, start, "2. Training: a teacher, its distilled text, and four students")
+    _train_all(options, output)
 
-    _title(console, start, "3. Distillation: the training text as the teacher reads it (beam 5)")
-    if not (output / "data-distilled").exists():
-        teacher = pynar.load(output / "teacher" / "best")
-        distill(teacher, output / "data-raw", output / "data-distilled", BeamSearch(beam=5))
-    _print_distilled(output, train)
-
-    _title(console, start, "4. Four students: CMLM and vanilla NAT, on raw and on distilled text")
-    _train(options, output, STUDENTS)
-
-    _title(console, start, "5. Quality and speed, side by side on the test sentences")
+    _title(console, start, "3. Quality and speed, side by side on the test sentences")
     rows = _measure(output, test)
     _print_table(console, rows)
     _print_passes(output, test)
@@ -139,44 +122,68 @@ def _prepare(output: Path, train: Sequence[Example], valid: Sequence[Example]) -
     )
 
 
-def _train(
-    options: argparse.Namespace, output: Path, models: Mapping[str, tuple[str, str]]
-) -> None:
-    """Trains models side by side in processes of their own, which share the cores.
+def _train_all(options: argparse.Namespace, output: Path) -> None:
+    """Runs every step in a process of its own, as many side by side as there are cores.
 
     Small models gain little from a second thread, so two processes are faster than one.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    side_by_side = min(len(models), cores or 1)
-    threads = max(1, (cores or 1) // side_by_side)
+    workers = min(3, cores or 1)
+    threads = max(1, (cores or 1) // workers)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    with ThreadPoolExecutor(side_by_side) as pool:
-        runs = [
-            pool.submit(_train_one, name, command, environment)
-            for name, command in _commands(options, output, models).items()
-        ]
-    for finished in runs:
-        finished.result()
+    steps: dict[str, Future[None]] = {}
+
+    def run_step(name: str, command: list[str], needs: Sequence[str]) -> None:
+        # Steps begin in this order, so what is waited for has begun.
+        for other in needs:
+            steps[other].result()
+        _run_process(name, command, environment)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for name, (command, needs) in _steps(options, output).items():
+            steps[name] = pool.submit(run_step, name, command, needs)
+    for step in steps.values():
+        step.result()
 
 
-def _commands(
-    options: argparse.Namespace, output: Path, models: Mapping[str, tuple[str, str]]
-) -> dict[str, list[str]]:
-    commands = {}
-    for name, (recipe, kind) in models.items():
-        paths = ["--data", str(output / f"data-{kind}"), "--output", str(output / name)]
+def _steps(
+    options: argparse.Namespace, output: Path
+) -> dict[str, tuple[list[str], tuple[str, ...]]]:
+    """Command and predecessors of every step, each after what it needs."""
+    raw, distilled = output / "data-raw", output / "data-distilled"
+    steps: dict[str, tuple[list[str | Path], tuple[str, ...]]] = {
+        "teacher": (_training(options, "ar", raw, output / "teacher"), ()),
+        "cmlm-raw": (_training(options, "cmlm", raw, output / "cmlm-raw"), ()),
+    }
+    after_distillation: tuple[str, ...] = ()
+    if not distilled.exists():
+        command = ["distill", "--teacher", output / "teacher" / "best", "--data", raw]
+        steps["distillation"] = ([*command, "--output", distilled, "--beam", "5"], ("teacher",))
+        after_distillation = ("distillation",)
+    steps["nat-raw"] = (_training(options, "nat", raw, output / "nat-raw"), ())
+    for family in ("cmlm", "nat"):
+        command = _training(options, family, distilled, output / f"{family}-distilled")
+        steps[f"{family}-distilled"] = (command, after_distillation)
+    program = [sys.executable, "-m", "pynar.cli"]
+    return {name: ([*program, *map(str, step)], needs) for name, (step, needs) in steps.items()}
+
+
+def _training(
+    options: argparse.Namespace, family: str, data: Path, output: Path
+) -> list[str | Path]:
+    recipe = f"quickstart_{family}"
+    changes = {"seed": options.seed}
+    if options.updates != 1:
         training = load_recipe(recipe).training
-        changes = {"seed": options.seed}
-        if options.updates != 1:
-            for key in ("max_updates", "warmup_updates", "validate_every", "checkpoint_every"):
-                changes[key] = max(1, round(options.updates * training[key]))
-        for key, value in changes.items():
-            paths += ["--set", f"training.{key}={value}"]
-        commands[name] = [sys.executable, "-m", "pynar.cli", "train", "--recipe", recipe, *paths]
-    return commands
+        for key in ("max_updates", "warmup_updates", "validate_every", "checkpoint_every"):
+            changes[key] = max(1, round(options.updates * training[key]))
+    command: list[str | Path] = ["train", "--recipe", recipe, "--data", data, "--output", output]
+    for key, value in changes.items():
+        command += ["--set", f"training.{key}={value}"]
+    return command
 
 
-def _train_one(name: str, command: list[str], environment: Mapping[str, str]) -> None:
+def _run_process(name: str, command: list[str], environment: Mapping[str, str]) -> None:
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -187,13 +194,7 @@ def _train_one(name: str, command: list[str], environment: Mapping[str, str]) ->
         if line.startswith(("update", "done")):
             print(f"  {name}: {last}", flush=True)
     if process.wait():
-        raise ValueError(f"training {name} failed: {last}; to see it: {shlex.join(command)}")
-
-
-def _print_distilled(output: Path, train: Sequence[Example]) -> None:
-    manifest = Manifest.load(output / "data-distilled")
-    pairs = manifest.splits["train"].pairs
-    print(f"  {pairs} of {len(train)} sentences")
+        raise ValueError(f"{name} failed: {last}; to see it: {shlex.join(command)}")
 
 
 def _systems(output: Path) -> list[tuple[str, str, Translator, Strategy]]:
@@ -203,13 +204,10 @@ def _systems(output: Path) -> list[tuple[str, str, Translator, Strategy]]:
         ("AR greedy", "raw", teacher, Greedy()),
         ("AR beam 5", "raw", teacher, BeamSearch(beam=5)),
     ]
-    for name, (recipe, kind) in STUDENTS.items():
-        student = pynar.load(output / name / "best")
-        if recipe == "quickstart_nat":
-            systems.append(("vanilla NAT", kind, student, MaskPredict(1)))
-        else:
-            for passes in (1, 4, 10):
-                systems.append((f"CMLM {passes}", kind, student, MaskPredict(passes)))
+    for kind in ("raw", "distilled"):
+        nat, cmlm = (pynar.load(output / f"{name}-{kind}" / "best") for name in ("nat", "cmlm"))
+        systems.append(("vanilla NAT", kind, nat, MaskPredict(1)))
+        systems += [(f"CMLM {n}", kind, cmlm, MaskPredict(n)) for n in (1, 4, 10)]
     return systems
 
 
