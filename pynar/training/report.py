@@ -61,7 +61,7 @@ class Report:
             self._progress.update(self._task, completed=update)
 
     def training(self, update: int, *, tokens: float, **figures: Any) -> None:
-        """Reports figures of the updates since the last report."""
+        """Reports figures of the updates since the last report, the `loss` among them."""
         if not self._active:
             return
         seconds, updates = self._timer.lap(update)
@@ -73,7 +73,8 @@ class Report:
             shown.append(f"skipped {figures['skipped']}")
         text = "  ".join([*shown, f"{_short(speed)} tokens/s", f"eta {_clock(eta)}"])
         if self._progress is not None:
-            self._progress.update(self._task, completed=update, figures=f"eta {_clock(eta)}")
+            brief = f"loss {figures['loss']:.4g}  {_short(speed)} tokens/s  eta {_clock(eta)}"
+            self._progress.update(self._task, completed=update, figures=brief)
         self.say(f"update {update}/{self._total}  {text}")
 
     def validation(self, update: int, **figures: Any) -> None:

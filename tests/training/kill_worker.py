@@ -32,7 +32,7 @@ def attempt(data: Path, output: Path, operations: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    train(StandIn(), data, output, make_config(max_updates=5, checkpoint_every=1, keep_last=2))
+    train(StandIn(), data, output, make_config(max_updates=3, checkpoint_every=1, keep_last=2))
 
 
 def main(data: Path, output: Path) -> None:

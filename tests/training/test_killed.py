@@ -24,10 +24,10 @@ def test_killed_at_any_file_operation_it_goes_on_where_it_was(data, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads((tmp_path / "facts.json").read_text())
-    assert facts["status"] == 0 and facts["kills"] >= 10
+    assert facts["status"] == 0 and facts["kills"] >= 4
     assert facts["warnings"] == []  # nothing half-written ever had the name of a checkpoint
     assert facts["reached"] == sorted(facts["reached"])  # and nothing was lost again
-    settings = make_config(max_updates=5, checkpoint_every=1, keep_last=2)
+    settings = make_config(max_updates=3, checkpoint_every=1, keep_last=2)
     train(StandIn(), data, tmp_path / "whole", settings)
     states, files = [], []
     for name in ("whole", "run"):
