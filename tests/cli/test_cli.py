@@ -1,0 +1,172 @@
+"""The journey of a user, command by command, on a corpus of seconds."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pynar
+from pynar.cli import main
+from pynar.data import Manifest
+from pynar.data.normalisation import corpus
+
+SIZES = {"dim": 16, "ffn_dim": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
+TRAINING = {
+    "max_updates": 6,
+    "max_tokens": 512,
+    "lr": 1e-2,
+    "warmup_updates": 2,
+    "validate_every": 3,
+    "checkpoint_every": 3,
+    "validation_sentences": 4,
+    "log_every": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text, and what `prepare`, `train` and `distill` make of it."""
+    place = tmp_path_factory.mktemp("cli")
+    for split, examples in zip(("train", "valid", "test"), corpus(300, 10, 8, seed=2), strict=True):
+        for side in ("source", "target"):
+            lines = "".join(getattr(example, side) + "\n" for example in examples)
+            (place / f"{split}.{side}").write_text(lines, encoding="utf-8")
+    splits = [
+        argument
+        for split in ("train", "valid")
+        for argument in (f"--{split}", f"{place}/{split}.source", f"{place}/{split}.target")
+    ]
+    run("prepare", *splits, "--output", place / "data", "--vocab-size", 150, "--split-digits")
+    for name in ("autoregressive", "cmlm", "nat"):
+        extra = {} if name == "autoregressive" else {"length_classes": 64}
+        recipe = {"model": {"model": name, **SIZES, **extra}, "training": TRAINING}
+        (place / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        recipe_path, output = place / f"{name}.yaml", place / name
+        run("train", "--recipe", recipe_path, "--data", place / "data", "--output", output)
+    return place
+
+
+def run(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs a command that must be refused; its one line on standard error."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def test_training_leaves_checkpoints_that_load(place: Path) -> None:
+    assert Manifest.load(place / "data").splits["train"].pairs == 300
+    for name in ("autoregressive", "cmlm", "nat"):
+        assert (place / name / "best").is_symlink()
+        assert pynar.load(place / name / "best").model.name == name
+
+
+@pytest.mark.parametrize("name", ["autoregressive", "cmlm", "nat"])
+def test_translate_keeps_order_and_empty_lines(place: Path, name: str, monkeypatch, capsys) -> None:
+    lines = ["Tea is at 4:15.", "", "Ben bought 3 kg of tea.", "Tea is at 4:15."]
+    source = io.TextIOWrapper(io.BytesIO("\n".join(lines).encode() + b"\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", source)
+    capsys.readouterr()
+    run("translate", place / name / "best")
+    captured = capsys.readouterr()
+    out = captured.out.split("\n")
+    assert len(out) == 5 and out[1] == out[4] == ""
+    assert out[0] == out[3]
+    assert out[:4] == pynar.load(place / name / "best").translate(lines)
+    assert "decoder passes a line" in captured.err
+
+
+def test_translate_writes_files_whole_and_with_scores(place: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.txt"
+    arguments = ("--input", place / "test.source", "--output", output)
+    model = place / "autoregressive" / "best"
+    run("translate", model, *arguments, "--beam", 3, "--n-best", 2, "--scores")
+    rows = [line.split("\t") for line in output.read_text().splitlines()]
+    assert [int(row[0]) for row in rows] == [i for i in range(8) for _ in range(2)]
+    assert all(float(a[1]) >= float(b[1]) for a, b in zip(rows[::2], rows[1::2], strict=True))
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_iterations_are_passes(place: Path, capsys) -> None:
+    capsys.readouterr()
+    run("translate", place / "cmlm/best", "--input", place / "test.source", "--iterations", 3)
+    assert "3.0 decoder passes a line" in capsys.readouterr().err
+
+
+def test_distilled_data_train_a_student(place: Path, tmp_path: Path) -> None:
+    teacher, data = place / "autoregressive/best", place / "data"
+    run("distill", "--teacher", teacher, "--data", data, "--output", tmp_path / "kd", "--beam", 2)
+    assert Manifest.load(tmp_path / "kd").options["distilled"]["options"]["beam"] == 2
+    recipe = ("--recipe", place / "nat.yaml", "--init-from", teacher)
+    run("train", *recipe, "--data", tmp_path / "kd", "--output", tmp_path / "nat")
+    assert (tmp_path / "nat" / "last" / "model.safetensors").exists()
+
+
+def test_evaluate_scores_and_times_models_beside_files(place: Path, tmp_path: Path, capsys) -> None:
+    results = tmp_path / "results.json"
+    models = (place / "autoregressive/best", f"{place}/cmlm/best:iterations=2")
+    run(
+        *("evaluate", "--reference", place / "test.target", "--source", place / "test.source"),
+        *("--hypothesis", place / "test.target", "--model", *models),
+        *("--latency-sentences", 2, "--bootstrap", 20, "--json", results),
+    )
+    rows = json.loads(results.read_text())["rows"]
+    # The autoregressive model stands there with greedy search and with its beam.
+    assert len(rows) == 4
+    assert rows[0]["bleu"] == pytest.approx(100) and "p50_ms" not in rows[0]
+    assert "Greedy" in rows[1]["system"] and "beam=5" in rows[2]["system"]
+    assert rows[3]["passes"] == 2 and rows[3]["sentences_per_second"] > 0
+    assert "nrefs:1" in rows[3]["signatures"]["bleu"]
+    assert "paired bootstrap" in capsys.readouterr().out
+
+
+def test_average_of_a_checkpoint_with_itself_is_the_checkpoint(place: Path, tmp_path: Path) -> None:
+    run("average", *[place / "nat/best"] * 2, "--output", tmp_path / "mean")
+    lines = (place / "test.source").read_text().splitlines()
+    translate = [
+        pynar.load(path).translate(lines) for path in (place / "nat/best", tmp_path / "mean")
+    ]
+    assert translate[0] == translate[1]
+
+
+def test_info_lists_the_operators(capsys) -> None:
+    run("info")
+    assert "mask_predict_step" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys) -> None:
+    text, data = place / "test.source", place / "data"
+    error = fails(capsys, "translate", tmp_path / "none", "--input", text)
+    assert "none" in error
+    error = fails(capsys, "translate", place / "cmlm/best", "--input", text, "--beam", 5)
+    assert "beam" in error and "iterations" in error
+    error = fails(capsys, "translate", place / "cmlm/best", "--input", text, "--strategy", "greedy")
+    assert "must be one of mask_predict" in error
+    error = fails(capsys, "train", "--recipe", "none", "--data", data, "--output", tmp_path / "x")
+    assert "multi30k_ar" in error
+    change = ("--set", "training.warmup=3")
+    recipe = ("--recipe", place / "nat.yaml")
+    error = fails(capsys, "train", *recipe, "--data", data, "--output", tmp_path / "x", *change)
+    assert "warmup_updates" in error
+    error = fails(capsys, "evaluate", "--reference", text)
+    assert "--hypothesis" in error
+    error = fails(capsys, "evaluate", "--reference", text, "--hypothesis", place / "train.source")
+    assert "8" in error or "300" in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_missing_argument_shows_usage(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train"])
+    assert stopped.value.code == 2
+    assert "--recipe" in capsys.readouterr().err

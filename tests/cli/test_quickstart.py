@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import pynar
+from pynar.cli import main, quickstart
+
+
+@pytest.mark.slow
+def test_quickstart_leaves_table_plot_and_models(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(quickstart, "SIZES", {"train": 400, "valid": 10, "test": 12})
+    output = tmp_path / "quickstart"
+    arguments = ["quickstart", "--output", str(output), "--updates", "0.01"]
+    assert main(arguments) == 0
+    rows = json.loads((output / "results.json").read_text())
+    assert [set(row) for row in rows] == [
+        {
+            "system",
+            "data",
+            "passes",
+            "exact_match",
+            "bleu",
+            "repetition",
+            "ms_per_sentence",
+            "sentences_per_second",
+            "speedup",
+        }
+    ] * 10
+    assert [(row["system"], row["data"]) for row in rows[:3]] == [
+        ("AR greedy", "raw"),
+        ("AR beam 5", "raw"),
+        ("vanilla NAT", "raw"),
+    ]
+    assert [row["passes"] for row in rows if row["system"].startswith("CMLM")] == [1, 4, 10] * 2
+    assert rows[0]["speedup"] == 1.0
+    assert (output / "quality_latency.png").read_bytes().startswith(b"\x89PNG")
+    for model in ("teacher", "cmlm-raw", "cmlm-distilled", "nat-raw", "nat-distilled"):
+        assert len(pynar.load(output / model / "best").translate(["Tea is at 4:15."])) == 1
+
+    # Run again, it goes on where it was: nothing is trained anew.
+    trained = (output / "teacher/best/model.safetensors").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert (output / "teacher/best/model.safetensors").stat().st_mtime_ns == trained
+
+    capsys.readouterr()
+    assert main([*arguments[:3], "--updates", "0.02"]) == 2
+    assert "other settings" in capsys.readouterr().err
