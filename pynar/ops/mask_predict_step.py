@@ -57,8 +57,8 @@ def mask_predict_step(
         >>> tokens
         tensor([[7, 6, 4]])
     """
-    if logits.requires_grad and torch.is_grad_enabled():
-        logits = logits.detach()
+    if torch.is_grad_enabled() and (logits.requires_grad or scores.requires_grad):
+        logits, scores = logits.detach(), scores.detach()
     return _OPERATOR.call(logits, tokens, scores, lengths, num_masked)
 
 

@@ -360,9 +360,11 @@ def test_exports() -> None:
 
 
 def test_is_not_differentiable(device: torch.device) -> None:
-    logits, *rest = make_arguments(2, 3, 7, device=device)
-    _, scores = mask_predict_step(logits.requires_grad_(), *rest)
-    assert not scores.requires_grad
+    logits, tokens, scores, lengths, num_masked = make_arguments(2, 3, 7, device=device)
+    logits.requires_grad_()
+    scores.requires_grad_()
+    _, new_scores = mask_predict_step(logits, tokens, scores, lengths, num_masked)
+    assert not new_scores.requires_grad
 
 
 REJECTED = [
