@@ -23,13 +23,15 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
             fields[field.name] = field
     for name, field in fields.items():
         kind = type(field.default)
+        form: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
+        if kind is bool:
+            form = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             default=argparse.SUPPRESS,
             dest=f"decoding.{name}",
-            action=argparse.BooleanOptionalAction if kind is bool else "store",
-            **({} if kind is bool else {"type": kind, "metavar": kind.__name__.upper()}),
             help=f"of {', '.join(seen[name])}",
+            **form,
         )
 
 

@@ -49,6 +49,8 @@ def run(options: argparse.Namespace) -> None:
     if options.model:
         source = read_lines(options.source)
         models = [model for text in options.model for model in _models(text, options.device)]
+        if all("beam" not in translator.model.strategies for _, translator, _ in models):
+            print("note: no autoregressive model among them; a speed-up needs one beside it")
         print(f"timing {len(models)} systems: {machine(options.device)}")
         speeds = measure_speed(
             [(translator, chosen) for _, translator, chosen in models],
@@ -84,11 +86,7 @@ def _models(text: str, device: str) -> list[tuple[str, Translator, Strategy]]:
     else:
         names = (name,)
     return [
-        (
-            f"{directory} {_label(chosen)}",
-            translator,
-            chosen,
-        )
+        (f"{directory} {_label(chosen)}", translator, chosen)
         for chosen in (strategy(translator.model, name, options) for name in names)
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from pynar.data import prepare
 
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
         if (paths := getattr(options, split)) is not None and len(paths) > 2:
             raise ValueError(f"--{split}: expected two files or one TSV file, got {len(paths)}")
     with Progress(console=Console(stderr=True)) as bars:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int | None) -> None:
             if stage not in tasks:
@@ -53,8 +53,8 @@ def run(options: argparse.Namespace) -> None:
         manifest = prepare(
             options.output,
             train=_paths(options.train),
-            valid=_paths(options.valid),
-            test=_paths(options.test),
+            valid=_paths(options.valid) if options.valid else None,
+            test=_paths(options.test) if options.test else None,
             vocab_size=options.vocab_size,
             tokenizer=options.tokenizer,
             joint=not options.separate,
@@ -70,15 +70,13 @@ def run(options: argparse.Namespace) -> None:
             overwrite=options.overwrite,
             progress=show,
         )
-    for name, split in manifest.splits.items():
-        skipped = ", ".join(f"{count} {reason}" for reason, count in split.skipped.items() if count)
+    for name, info in manifest.splits.items():
+        skipped = ", ".join(f"{count} {reason}" for reason, count in info.skipped.items() if count)
         print(
-            f"{name}: {split.pairs} pairs, {split.source_tokens} source and "
-            f"{split.target_tokens} target tokens; skipped: {skipped or 'none'}"
+            f"{name}: {info.pairs} pairs, {info.source_tokens} source and "
+            f"{info.target_tokens} target tokens; skipped: {skipped or 'none'}"
         )
 
 
-def _paths(paths: list[str] | None) -> tuple[str, str] | str | None:
-    if not paths:
-        return None
+def _paths(paths: list[str]) -> tuple[str, str] | str:
     return paths[0] if len(paths) == 1 else (paths[0], paths[1])

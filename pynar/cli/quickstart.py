@@ -151,33 +151,32 @@ def _steps(
 ) -> dict[str, tuple[list[str], tuple[str, ...]]]:
     """Command and predecessors of every step, each after what it needs."""
     raw, distilled = output / "data-raw", output / "data-distilled"
-    steps: dict[str, tuple[list[str | Path], tuple[str, ...]]] = {
+    steps: dict[str, tuple[list[str], tuple[str, ...]]] = {
         "teacher": (_training(options, "ar", raw, output / "teacher"), ()),
         "cmlm-raw": (_training(options, "cmlm", raw, output / "cmlm-raw"), ()),
     }
     after_distillation: tuple[str, ...] = ()
     if not distilled.exists():
-        command = ["distill", "--teacher", output / "teacher" / "best", "--data", raw]
-        steps["distillation"] = ([*command, "--output", distilled, "--beam", "5"], ("teacher",))
+        command = ["distill", "--teacher", f"{output}/teacher/best", "--data", str(raw)]
+        command += ["--output", str(distilled), "--beam", "5"]
+        steps["distillation"] = (command, ("teacher",))
         after_distillation = ("distillation",)
     steps["nat-raw"] = (_training(options, "nat", raw, output / "nat-raw"), ())
     for family in ("cmlm", "nat"):
         command = _training(options, family, distilled, output / f"{family}-distilled")
         steps[f"{family}-distilled"] = (command, after_distillation)
     program = [sys.executable, "-m", "pynar.cli"]
-    return {name: ([*program, *map(str, step)], needs) for name, (step, needs) in steps.items()}
+    return {name: (program + step, needs) for name, (step, needs) in steps.items()}
 
 
-def _training(
-    options: argparse.Namespace, family: str, data: Path, output: Path
-) -> list[str | Path]:
+def _training(options: argparse.Namespace, family: str, data: Path, output: Path) -> list[str]:
     recipe = f"quickstart_{family}"
     changes = {"seed": options.seed}
     if options.updates != 1:
         training = load_recipe(recipe).training
         for key in ("max_updates", "warmup_updates", "validate_every", "checkpoint_every"):
             changes[key] = max(1, round(options.updates * training[key]))
-    command: list[str | Path] = ["train", "--recipe", recipe, "--data", data, "--output", output]
+    command = ["train", "--recipe", recipe, "--data", str(data), "--output", str(output)]
     for key, value in changes.items():
         command += ["--set", f"training.{key}={value}"]
     return command

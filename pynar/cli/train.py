@@ -11,7 +11,7 @@ from torch import nn
 
 from pynar.data import Tokenizer
 from pynar.decoding import Translator
-from pynar.models import build
+from pynar.models import TranslationModel, build
 from pynar.recipes import load_recipe, recipe_names
 from pynar.strict import from_dict
 from pynar.training import TrainingConfig, train
@@ -61,4 +61,5 @@ class _Translate:
         self._strategy = self._options.pop("strategy", None)
 
     def __call__(self, model: nn.Module, tokenizer: Tokenizer, lines: Sequence[str]) -> list[str]:
+        assert isinstance(model, TranslationModel)
         return Translator(model, tokenizer).translate(lines, self._strategy, **self._options)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sacrebleu.metrics import BLEU, CHRF, TER
-from sacrebleu.significance import PairedTest
+from sacrebleu.significance import PairedTest, Result
 
 __all__ = ["Comparison", "Quality", "compare", "evaluate", "length_ratio", "repetition"]
 
@@ -110,15 +110,17 @@ def compare(
     names = [str(name) for name in scores.pop("System")]
     return [
         Comparison(
-            name,
-            metric,
-            float(result.score),
-            float(result.ci),
-            None if result.p_value is None else float(result.p_value),
-            str(signatures[metric]),
+            system=name,
+            metric=metric,
+            score=float(result.score),
+            # None only for the other kind of test, approximate randomisation.
+            interval=float(result.ci or 0.0),
+            p_value=None if result.p_value is None else float(result.p_value),
+            signature=str(signatures[metric]),
         )
         for metric, results in scores.items()
         for name, result in zip(names, results, strict=True)
+        if isinstance(result, Result)
     ]
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pynar.decoding import Strategy, Translator
+from pynar.decoding import Strategy, Translation, Translator
 
 __all__ = ["Speed", "machine", "measure_speed"]
 
@@ -59,12 +59,20 @@ def measure_speed(
             seconds, _ = _timed(translator, strategy, lines, max_tokens)
             rates[index].append(len(lines) / seconds)
     return [
-        Speed(*_percentiles(times), statistics.median(rate), count)
+        Speed(
+            p50_ms=_percentile(times, 0.50),
+            p95_ms=_percentile(times, 0.95),
+            p99_ms=_percentile(times, 0.99),
+            sentences_per_second=statistics.median(rate),
+            passes=count,
+        )
         for times, rate, count in zip(latencies, rates, passes, strict=True)
     ]
 
 
-def _timed(translator: Translator, strategy: Strategy, lines: Sequence[str], max_tokens: int):
+def _timed(
+    translator: Translator, strategy: Strategy, lines: Sequence[str], max_tokens: int
+) -> tuple[float, list[Translation]]:
     _wait(translator.device)
     start = time.perf_counter()
     results = translator.decode(lines, strategy, max_tokens=max_tokens)
@@ -77,9 +85,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _percentiles(times: list[float]) -> tuple[float, float, float]:
-    ordered = sorted(times)
-    return tuple(ordered[min(len(ordered) - 1, int(len(ordered) * q))] for q in (0.5, 0.95, 0.99))
+def _percentile(times: list[float], share: float) -> float:
+    return sorted(times)[min(len(times) - 1, int(len(times) * share))]
 
 
 def machine(device: torch.device | str = "cpu") -> str:

@@ -1,0 +1,31 @@
+#!/bin/sh
+# Multi30k German to English, everything on CPU: teacher, distillation, students, table.
+#
+#   examples/multi30k.sh CORPUS OUTPUT
+#
+# CORPUS holds train, val and test_2016_flickr as .de.gz and .en.gz. Steps that are done are not done
+# again, so a killed run goes on where it was. The results in docs/results/multi30k.md come from it.
+set -eu
+corpus=$1
+out=$2
+pynar=${PYNAR:-pynar}
+mkdir -p "$out"
+
+[ -e "$out/data" ] || $pynar prepare --output "$out/data" --vocab-size 6000 --model-type bpe \
+  --train "$corpus/train.de.gz" "$corpus/train.en.gz" --valid "$corpus/val.de.gz" "$corpus/val.en.gz"
+
+$pynar train --recipe multi30k_ar --data "$out/data" --output "$out/ar"
+
+[ -e "$out/data-distilled" ] || $pynar distill --teacher "$out/ar/best" --data "$out/data" \
+  --output "$out/data-distilled" --beam 5
+
+# Every student begins with the teacher's weights where names and shapes agree.
+train() { $pynar train --recipe "multi30k_$1" --data "$2" --output "$3" --init-from "$out/ar/best"; }
+train cmlm "$out/data-distilled" "$out/cmlm"
+train nat "$out/data" "$out/nat-raw"
+train nat "$out/data-distilled" "$out/nat"
+
+$pynar evaluate --source "$corpus/test_2016_flickr.de.gz" \
+  --reference "$corpus/test_2016_flickr.en.gz" --json "$out/results.json" --model "$out/ar/best" \
+  "$out/cmlm/best:iterations=1" "$out/cmlm/best:iterations=4" "$out/cmlm/best:iterations=10" \
+  "$out/nat-raw/best" "$out/nat/best"
