@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import safetensors
 import safetensors.torch
@@ -40,6 +40,10 @@ from pynar.verification import (
     read_manifest,
     seal,
 )
+
+if TYPE_CHECKING:
+    from pynar.data import Tokenizer
+    from pynar.models import TranslationModel
 
 __all__ = [
     "CheckpointError",
@@ -102,7 +106,7 @@ def save(
 
 def load_model(
     directory: str | os.PathLike[str], *, device: str | torch.device = "cpu"
-) -> tuple[nn.Module, Any]:
+) -> tuple[TranslationModel, Tokenizer]:
     """Verifies and reads a checkpoint: the model, in evaluation mode, and its tokenizer.
 
     Raises:
@@ -218,7 +222,7 @@ def save_pretrained(directory: str | os.PathLike[str], model: nn.Module, tokeniz
     save(directory, model, tokenizer)
 
 
-def from_pretrained(directory: str | os.PathLike[str]) -> tuple[nn.Module, Any]:
+def from_pretrained(directory: str | os.PathLike[str]) -> tuple[TranslationModel, Tokenizer]:
     """`load_model` under the name that users of the Hugging Face hub look for."""
     return load_model(directory)
 
