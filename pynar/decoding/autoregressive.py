@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,28 +11,49 @@ from torch import Tensor
 
 from pynar.decoding.hypotheses import Hypotheses
 from pynar.models.autoregressive import AutoregressiveTransformer
+from pynar.nn.transformer import Memory
 from pynar.symbols import BOS, EOS, PAD
 
 __all__ = ["BeamSearch", "Greedy", "Sampling", "length_limits"]
 
+Choose = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]
+
 
 def _positive(owner: str, **options: float) -> None:
     for name, value in options.items():
-        if value <= 0:
+        if not value > 0:
             raise ValueError(f"{owner}: `{name}` must be positive, got {value}")
 
 
-def length_limits(source_lengths: Tensor, ratio: float, extra: int) -> Tensor:
-    """The most tokens (EOS counted) each sentence may produce, from its own length alone."""
-    return (source_lengths * ratio).long() + extra
+def _not_negative(owner: str, **options: float) -> None:
+    for name, value in options.items():
+        if not value >= 0:
+            raise ValueError(f"{owner}: `{name}` must not be negative, got {value}")
+
+
+def length_limits(
+    source_lengths: Tensor, ratio: float, extra: int, longest: int | None = None
+) -> Tensor:
+    """The most tokens (EOS counted) each sentence may produce, from its own length alone.
+
+    At least one, and at most the `longest` that the model has positions for.
+    """
+    return ((source_lengths * ratio).long() + extra).clamp(min=1, max=longest)
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """The most probable token at every step; finished sentences leave the batch."""
+    """The most probable token at every step; finished sentences leave the batch.
+
+    A source of S tokens (EOS counted) gives at most `max_ratio` * S + `max_extra` tokens, the last
+    of which is the EOS, at its own price.
+    """
 
     max_ratio: float = 2.0
     max_extra: int = 10
+
+    def __post_init__(self) -> None:
+        _not_negative("Greedy", max_ratio=self.max_ratio, max_extra=self.max_extra)
 
     @torch.inference_mode()
     def decode(
@@ -46,7 +68,7 @@ class Greedy:
         return _extend(
             model,
             source,
-            length_limits(source_lengths, self.max_ratio, self.max_extra),
+            length_limits(source_lengths, self.max_ratio, self.max_extra, model.longest),
             model.encode(source, source_lengths),
             lambda log_probs, step, live: log_probs.max(-1)[::-1],
         )
@@ -57,7 +79,7 @@ class Sampling:
     """Draws tokens from the model's distribution, or from its `top_k` most probable ones.
 
     Every (seed, sentence, sample, step) has its own random number, so a draw depends on neither
-    the batch nor its order; `indices` names the sentences.
+    the batch nor its order; `indices` names the sentences. Lengths are limited as in `Greedy`.
     """
 
     samples: int = 1
@@ -69,6 +91,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _positive("Sampling", samples=self.samples, temperature=self.temperature)
+        _not_negative("Sampling", seed=self.seed, max_ratio=self.max_ratio)
+        _not_negative("Sampling", max_extra=self.max_extra)
         if self.top_k < 0:
             raise ValueError(f"Sampling: `top_k` must be 0 (off) or positive, got {self.top_k}")
 
@@ -84,34 +108,30 @@ class Sampling:
         """Decodes `source: [B, S]`; samples come in order of their score, as in `Greedy`."""
         sentences, n = source.shape[0], self.samples
         names = range(sentences) if indices is None else indices.tolist()
-        limits = length_limits(source_lengths, self.max_ratio, self.max_extra)
-        steps = int(limits.max()) if sentences else 0
-        uniform = torch.from_numpy(
-            np.stack(
-                [
-                    np.random.default_rng((self.seed, int(name))).random((n, steps))
-                    for name in names
-                ]
-            ).reshape(-1, steps)
-            if sentences
-            else np.empty((0, 0))
-        ).to(source.device)
+        limits = length_limits(source_lengths, self.max_ratio, self.max_extra, model.longest)
+        numbers = np.empty((sentences * n, int(limits.max()) if sentences else 0))
+        places = ((name, sample) for name in names for sample in range(n))
+        for row, place in zip(numbers, places, strict=True):
+            np.random.default_rng((self.seed, *place)).random(out=row)
+        uniform = torch.from_numpy(numbers).to(source.device)
 
         def draw(log_probs: Tensor, step: int, live: Tensor) -> tuple[Tensor, Tensor]:
-            scaled, token = log_probs / self.temperature, None
+            scaled = log_probs / self.temperature
             if self.top_k:
-                scaled, token = scaled.topk(min(self.top_k, scaled.shape[-1]), -1)
+                scaled, kept = scaled.topk(min(self.top_k, scaled.shape[-1]), -1)
             cumulative = scaled.double().softmax(-1).cumsum(-1)
             point = uniform[live, step, None] * cumulative[:, -1:]
             choice = torch.searchsorted(cumulative, point, right=True)
             choice = choice.clamp(max=cumulative.shape[-1] - 1)
-            token = choice if token is None else token.gather(1, choice)
+            token = kept.gather(1, choice) if self.top_k else choice
             return token[:, 0], log_probs.gather(1, token)[:, 0]
 
         memory = model.encode(source, source_lengths)
         rows = torch.arange(sentences, device=source.device).repeat_interleave(n)
         flat = _extend(model, source, limits[rows], memory.select(rows), draw)
-        scores, order = flat.scores.view(sentences, n).sort(1, descending=True, stable=True)
+        scores, order = torch.sort(
+            flat.scores.view(sentences, n), dim=1, descending=True, stable=True
+        )
         width = flat.tokens.shape[-1]
         tokens = flat.tokens.view(sentences, n, width)
         return Hypotheses(
@@ -122,7 +142,9 @@ class Sampling:
         )
 
 
-def _extend(model, source, limits, memory, choose) -> Hypotheses:
+def _extend(
+    model: AutoregressiveTransformer, source: Tensor, limits: Tensor, memory: Memory, choose: Choose
+) -> Hypotheses:
     """Extends one prefix a row by `choose(log_probs, step, live rows) -> token, log_prob`."""
     rows = len(limits)
     live = torch.arange(rows, device=source.device)
@@ -163,6 +185,8 @@ class BeamSearch:
 
     |y| counts the EOS. A sentence is finished when `beam` hypotheses have ended (`early_stop`), or
     when no live hypothesis can still beat the worst of them; finished sentences leave the batch.
+    Lengths are limited as in `Greedy`. Where a sentence has fewer hypotheses than `n_best`, the
+    missing ones are empty and score -inf.
     """
 
     beam: int = 5
@@ -174,6 +198,7 @@ class BeamSearch:
 
     def __post_init__(self) -> None:
         _positive("BeamSearch", beam=self.beam, n_best=self.n_best)
+        _not_negative("BeamSearch", max_ratio=self.max_ratio, max_extra=self.max_extra)
         if self.n_best > self.beam:
             raise ValueError(
                 f"BeamSearch: `n_best` must be at most `beam` ({self.beam}), got {self.n_best}"
@@ -190,7 +215,7 @@ class BeamSearch:
     ) -> Hypotheses:
         """Decodes `source: [B, S]` to the `n_best` hypotheses of every sentence."""
         device, beam, sentences = source.device, self.beam, source.shape[0]
-        limits = length_limits(source_lengths, self.max_ratio, self.max_extra)
+        limits = length_limits(source_lengths, self.max_ratio, self.max_extra, model.longest)
         longest = int(limits.max()) if sentences else 1
         # Finished hypotheses, worst replaced first; -inf marks a free place.
         done_scores = torch.full((sentences, beam), -torch.inf, device=device)
@@ -226,9 +251,7 @@ class BeamSearch:
             ended[:, beam:] = -torch.inf
             pool = torch.cat([done_scores[live], ended], 1)
             kept, place = pool.topk(beam, -1)
-            written = torch.cat(
-                [done_tokens[live], prefix.gather(1, _expand(parent, longest))], 1
-            )
+            written = torch.cat([done_tokens[live], prefix.gather(1, _expand(parent, longest))], 1)
             done_scores[live] = kept
             done_tokens[live] = written.gather(1, _expand(place, longest))
             lengths = torch.cat([done_lengths[live], torch.full_like(parent, step)], 1)
@@ -250,13 +273,12 @@ class BeamSearch:
                 totals, prefix, last, rows = totals[keep], prefix[keep], last[keep], rows[keep]
             cache.select(rows.flatten())
             last = last.flatten()
-        width = int(done_lengths.max()) if sentences else 0
-        return Hypotheses(
-            done_tokens[:, : self.n_best, :width],
-            done_lengths[:, : self.n_best],
-            done_scores[:, : self.n_best],
-            passes,
-        )
+        scores = done_scores[:, : self.n_best]
+        free = scores == -torch.inf
+        lengths = done_lengths[:, : self.n_best].masked_fill(free, 0)
+        width = int(lengths.max()) if sentences else 0
+        tokens = done_tokens[:, : self.n_best, :width].masked_fill(free[..., None], PAD)
+        return Hypotheses(tokens, lengths, scores, passes)
 
     def _finished(self, ended: Tensor, totals: Tensor, step: int, limits: Tensor) -> Tensor:
         """Whether no live hypothesis matters any more, `[B]`."""

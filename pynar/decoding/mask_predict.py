@@ -57,6 +57,13 @@ class MaskPredict:
                 memory.states, source_lengths, self.length_candidates
             )
         else:
+            if target_lengths.dim() != 2 or target_lengths.shape[0] != len(source_lengths):
+                raise ValueError(
+                    f"MaskPredict: `target_lengths` must have shape [{len(source_lengths)}, n], "
+                    f"got {list(target_lengths.shape)}"
+                )
+            if (target_lengths < 1).any():
+                raise ValueError("MaskPredict: `target_lengths` must be positive")
             log_probs = torch.zeros(target_lengths.shape, device=source.device)
         sentences, candidates = target_lengths.shape
         lengths = target_lengths.flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Translator:
     """Translates lines of text with one model: `Translator(model, tokenizer).translate(lines)`.
 
     Lines are sorted by length and batched by tokens; results come back in order and do not
-    depend on the batch. Empty lines stay empty.
+    depend on the batch. Empty lines, and lines of nothing but spaces, give empty lines.
     """
 
     def __init__(self, model: TranslationModel, tokenizer: Tokenizer) -> None:
@@ -116,8 +117,9 @@ class Translator:
     ) -> list[Translation]:
         """Translations with scores, alternatives and passes.
 
-        Lines of more than `max_source_tokens` are cut at punctuation or spaces and translated
-        piecewise (`on_long="split"`), or refused (`"error"`, which names the line).
+        Lines of more than `max_source_tokens`, or more than the model has positions for, are cut
+        at punctuation or spaces and translated piecewise (`on_long="split"`; they have no other
+        alternative), or refused (`"error"`, which names the line).
         """
         if isinstance(lines, str):
             raise ValueError("`lines` must be a sequence of strings, got one string")
@@ -125,7 +127,10 @@ class Translator:
             raise ValueError(f"`on_long` must be one of split, error, got {on_long!r}")
         if max_tokens < 1 or max_source_tokens < 1:
             raise ValueError("`max_tokens` and `max_source_tokens` must be positive")
+        if self.model.longest is not None:
+            max_source_tokens = min(max_source_tokens, max(self.model.longest - 1, 1))  # and EOS
         decoding = self.strategy(strategy, options)
+        lines = list(lines)
         pieces: list[list[int]] = []
         owners: list[int] = []
         for number, line in enumerate(lines):
@@ -170,6 +175,12 @@ class Translator:
             raise ValueError(
                 f"options belong into the strategy object, got {', '.join(options)} beside one"
             )
+        for name, kind in STRATEGIES.items():
+            if type(chosen) is kind and name not in self.model.strategies:
+                raise ValueError(
+                    f"`strategy` of a {self.model.name} model must be one of "
+                    f"{', '.join(self.model.strategies)}, got {name!r}"
+                )
         return chosen
 
     def batch(self, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -189,10 +200,12 @@ class Translator:
         texts = [text(rows) for rows in hypotheses.lists()]
         scores, passes = hypotheses.scores.tolist(), hypotheses.passes.tolist()
         traces = [self._trace(hypotheses, row) for row in range(len(sources))]
-        return [
-            Translation(t[0], s[0], p, list(zip(t, s, strict=True)), trace)
-            for t, s, p, trace in zip(texts, scores, passes, traces, strict=True)
-        ]
+        results = []
+        for t, s, p, trace in zip(texts, scores, passes, traces, strict=True):
+            # A place that scores -inf holds no hypothesis.
+            found = [pair for pair in zip(t, s, strict=True) if pair[1] > -math.inf]
+            results.append(Translation(t[0], s[0], p, found or [(t[0], s[0])], trace))
+        return results
 
     def _trace(self, hypotheses: Hypotheses, row: int) -> list[str]:
         length = int(hypotheses.lengths[row, 0]) if hypotheses.trace else 0
@@ -202,15 +215,16 @@ class Translator:
         ]
 
     def _pieces(self, line: str, number: int, limit: int, on_long: str) -> Iterator[list[int]]:
-        ids = self.tokenizer.encode_source([line])[0]
+        # Of spaces alone; the tokenizer would take a tab for an unknown word.
+        ids = self.tokenizer.encode_source([line])[0] if line.strip() else []
         if len(ids) <= limit:
             if ids:
                 yield ids
             return
         if on_long == "error":
             raise ValueError(
-                f"line {number + 1} has {len(ids)} tokens, more than `max_source_tokens` "
-                f"({limit}); split it, or ask for on_long='split'"
+                f"line {number + 1} has {len(ids)} tokens, more than `max_source_tokens` or the "
+                f"model allow ({limit}); split it, or ask for on_long='split'"
             )
         yield from self._split(line, limit)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pynar.data.batching import Batch
 from pynar.models.base import Example, TransformerConfig, TranslationModel
+from pynar.nn.transformer import DecoderCache, Memory
 from pynar.symbols import BOS, EOS, PAD
 
 __all__ = ["AutoregressiveConfig", "AutoregressiveTransformer"]
@@ -57,7 +58,7 @@ class AutoregressiveTransformer(TranslationModel):
         logits[..., self.banned] = -torch.inf
         return logits.log_softmax(-1)
 
-    def step(self, tokens: Tensor, memory, cache) -> Tensor:
+    def step(self, tokens: Tensor, memory: Memory, cache: DecoderCache) -> Tensor:
         """Log-probabilities `[N, V]` of the token after `tokens: [N]`, advancing the cache."""
         x = self.target_embedding(tokens[:, None], start=cache.position)
         return self.log_probs(self.decoder.step(x, memory, cache)[:, 0])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pynar.data.batching import Batch
 from pynar.nn.embedding import Embedding
 from pynar.nn.transformer import Decoder, Encoder, Memory
-from pynar.symbols import BOS, MASK, PAD
+from pynar.symbols import BOS, MASK, NUM_SPECIAL, PAD
 
 __all__ = ["Example", "TransformerConfig", "TranslationModel"]
 
@@ -45,6 +45,14 @@ class TransformerConfig:
     label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
+        for field in ("dim", "ffn_dim", "heads", "encoder_layers", "decoder_layers", "max_length"):
+            if (value := getattr(self, field)) < 1:
+                raise ValueError(f"`{field}` must be positive, got {value}")
+        for field in ("source_vocabulary", "target_vocabulary"):
+            if (value := getattr(self, field)) < NUM_SPECIAL:
+                raise ValueError(
+                    f"`{field}` must count the {NUM_SPECIAL} special symbols, got {value}"
+                )
         for field, choices in _CHOICES.items():
             if (value := getattr(self, field)) not in choices:
                 raise ValueError(f"`{field}` must be one of {', '.join(choices)}, got {value!r}")
@@ -122,11 +130,16 @@ class TranslationModel(nn.Module):
                 nn.init.zeros_(module.weight[module.padding_idx])
 
     @property
+    def longest(self) -> int | None:
+        """The most tokens a sequence may have, on either side; None where there is no limit."""
+        return self.config.max_length if self.config.positions == "learned" else None
+
+    @property
     def loss_weights(self) -> dict[str, float]:
         return {"token": 1.0}
 
     def encode(self, source: Tensor, lengths: Tensor) -> Memory:
-        """Encodes `source: [B, S]` and projects it for every decoder layer."""
+        """Encodes `source: [B, S]`, EOS included, and projects it for every decoder layer."""
         embedded = self.source_embedding.embed(source)
         positions = self.source_embedding.positions(0, source.shape[1])
         states = self.encoder(self.dropout(embedded + positions), lengths)

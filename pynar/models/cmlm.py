@@ -33,6 +33,8 @@ class CMLMConfig(TransformerConfig):
             )
         if self.length_classes < 1:
             raise ValueError(f"`length_classes` must be positive, got {self.length_classes}")
+        if not self.length_weight >= 0:
+            raise ValueError(f"`length_weight` must not be negative, got {self.length_weight}")
 
 
 def uniform_masking(target: Tensor, lengths: Tensor, generator: torch.Generator) -> Tensor:
@@ -62,7 +64,10 @@ class CMLM(TranslationModel):
     def __init__(self, config: CMLMConfig) -> None:
         super().__init__(config)
         self.length = LengthPredictor(
-            config.dim, kind=config.length_kind, classes=config.length_classes
+            config.dim,
+            kind=config.length_kind,
+            classes=config.length_classes,
+            longest=self.longest,
         )
         self.length.apply(self._initialise)
 

@@ -49,9 +49,10 @@ class Embedding(nn.Module):
                 )
             return self.learned.weight[start:stop]
         if stop > self.table.shape[0]:
-            self.table = sinusoids(max(stop, 2 * self.table.shape[0]), self.table.shape[1]).to(
-                self.table
-            )
+            # Even while decoding: a tensor made in inference mode could not be trained with.
+            with torch.inference_mode(False):
+                table = sinusoids(max(stop, 2 * self.table.shape[0]), self.table.shape[1])
+                self.table = table.to(self.table)
         return self.table[start:stop]
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -16,45 +16,53 @@ class LengthPredictor(nn.Module):
 
     `kind="absolute"` has one class a length 1 ... `classes`; `kind="difference"` one class a
     difference T - S from -`classes`//2 up. Target lengths outside the range train the nearest
-    class. (Ghazvininejad et al. 2019; the pooled form is that of the public NAT toolkits.)
+    class, and lengths above `longest` are not predicted. (Ghazvininejad et al. 2019; the pooled
+    form is that of the public NAT toolkits.)
     """
 
     KINDS = ("absolute", "difference")
 
-    def __init__(self, dim: int, *, kind: str, classes: int) -> None:
+    def __init__(self, dim: int, *, kind: str, classes: int, longest: int | None = None) -> None:
         super().__init__()
-        self.kind, self.classes = kind, classes
+        if kind not in self.KINDS:
+            raise ValueError(
+                f"LengthPredictor: `kind` must be one of {', '.join(self.KINDS)}, got {kind!r}"
+            )
+        self.kind, self.classes, self.longest = kind, classes, longest
         self.output = nn.Linear(dim, classes)
 
     def _lengths(self, source_lengths: Tensor) -> Tensor:
-        """The length every class stands for, `[B, classes]`; below 1 where there is none."""
+        """The length every class stands for, `[B, classes]`; some are impossible."""
         index = torch.arange(self.classes, device=source_lengths.device)
         if self.kind == "absolute":
             return (index + 1).expand(source_lengths.shape[0], -1)
         return source_lengths[:, None] + index - self.classes // 2
 
     def forward(self, states: Tensor, source_lengths: Tensor) -> Tensor:
-        """Log-probabilities `[B, classes]` in fp32; impossible lengths (< 1) have none."""
+        """Log-probabilities `[B, classes]` in fp32; impossible lengths have -inf."""
         live = padding_mask(source_lengths, states.shape[1])[:, 0, 0, :, None]
         mean = torch.where(live, states, 0).sum(1) / source_lengths[:, None]
         logits = self.output(mean.to(states.dtype)).float()
-        return logits.masked_fill(self._lengths(source_lengths) < 1, -torch.inf).log_softmax(-1)
+        lengths = self._lengths(source_lengths)
+        impossible = lengths < 1
+        if self.longest is not None:
+            impossible |= lengths > self.longest
+        return logits.masked_fill(impossible, -torch.inf).log_softmax(-1)
 
     def loss(self, states: Tensor, source_lengths: Tensor, target_lengths: Tensor) -> Tensor:
         """Sum over sentences of the negative log-probability of the true length."""
         log_probs = self(states, source_lengths)
-        offset = self._lengths(source_lengths)[:, :1]
-        smallest = torch.where(offset < 1, 1 - offset, 0)
-        index = (target_lengths[:, None] - offset).clamp(max=self.classes - 1)
-        return F.nll_loss(log_probs, torch.maximum(index, smallest).squeeze(1), reduction="sum")
+        first = self._lengths(source_lengths)[:, 0]
+        nearest = target_lengths.clamp(min=1, max=self.longest) - first
+        return F.nll_loss(log_probs, nearest.clamp(0, self.classes - 1), reduction="sum")
 
     def predict(
         self, states: Tensor, source_lengths: Tensor, candidates: int
     ) -> tuple[Tensor, Tensor]:
         """The `candidates` most probable distinct lengths and their log-probabilities, `[B, n]`.
 
-        A short source may leave fewer possible lengths than asked for: those further candidates
-        have log-probability -inf and repeat the best length.
+        There are at most as many as classes. A short source may leave fewer possible lengths
+        still: those further candidates have log-probability -inf and repeat the best length.
         """
         log_probs = self(states, source_lengths)
         top, index = log_probs.topk(min(candidates, self.classes), dim=-1)

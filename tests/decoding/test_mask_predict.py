@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_systems import LENGTHS, assert_same, make_model, make_source
+from torch import Tensor
+
+from pynar.decoding import MaskPredict
+from pynar.models import CMLM
+from pynar.symbols import BOS, EOS, MASK, PAD, UNK
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cmlm": ("cmlm", {}),
+    "cmlm-difference": ("cmlm", {"length_kind": "difference", "norm": "post"}),
+    "nat-copy": ("nat", {}),
+    "nat-mask": ("nat", {"decoder_input": "mask"}),
+}
+
+
+def slow_decode(model: CMLM, source: Tensor, length: int, iterations: int):
+    """Mask-Predict (Ghazvininejad et al. 2019, section 4.2) of one sentence and one length.
+
+    Returns the tokens after every pass, before any is masked again, and the last score.
+    """
+    memory = model.encode(source[None], torch.tensor([len(source)]))
+    tokens, scores, states = [MASK] * length, [0.0] * length, []
+    for t in range(1, iterations + 1):
+        decoded = model.decode(torch.tensor([tokens]), torch.tensor([length]), memory)
+        logits = model.logits(decoded)[0].double()
+        logits[:, [PAD, BOS, EOS, MASK]] = -torch.inf
+        log_probs = logits.log_softmax(-1).tolist()
+        for i in range(length):
+            if tokens[i] == MASK:
+                tokens[i] = max(range(len(log_probs[i])), key=log_probs[i].__getitem__)
+                scores[i] = log_probs[i][tokens[i]]
+        states.append(list(tokens))
+        for i in sorted(range(length), key=scores.__getitem__)[
+            : length * (iterations - t) // iterations
+        ]:
+            tokens[i] = MASK
+    return states, sum(scores) / length
+
+
+def slow_lengths(model: CMLM, source: Tensor, count: int) -> list[int]:
+    """The most probable lengths that there are, best first."""
+    memory = model.encode(source[None], torch.tensor([len(source)]))
+    predictor = model.length
+    logits = predictor.output(memory.states[0].mean(0)).tolist()
+    first = 1 if predictor.kind == "absolute" else len(source) - predictor.classes // 2
+    possible = {first + i: x for i, x in enumerate(logits) if first + i >= 1}
+    return sorted(possible, key=possible.__getitem__, reverse=True)[:count]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("iterations", [1, 2, 3, 4, 7])
+@torch.no_grad()
+def test_decoding_is_the_slow_one(kind: str, iterations: int) -> None:
+    name, changes = MODELS[kind]
+    model, (source, lengths) = make_model(name, **changes), make_source(LENGTHS)
+    strategy = MaskPredict(iterations, length_candidates=9, n_best=9, trace=True)
+    found = strategy.decode(model, source, lengths)
+    assert len(found.trace) == iterations
+    assert (found.passes == iterations).all()
+    for row, length in enumerate(LENGTHS):
+        own = source[row, :length]
+        results = [
+            slow_decode(model, own, candidate, iterations)
+            for candidate in slow_lengths(model, own, 9)
+        ]
+        results.sort(key=lambda result: result[1], reverse=True)
+        number = len(results)
+        assert found.lists()[row][:number] == [states[-1] for states, _ in results]
+        scores = torch.tensor([score for _, score in results])
+        torch.testing.assert_close(found.scores[row, :number], scores, rtol=1e-4, atol=1e-5)
+        # A short source has fewer lengths than were asked for.
+        assert (found.scores[row, number:] == -torch.inf).all()
+        best = results[0][0]
+        assert [s[row, : len(best[0])].tolist() for s in found.trace] == best
+
+
+def test_passes_do_change_tokens_and_some_sources_have_few_lengths() -> None:
+    """The cases that the test above rests on do occur."""
+    model, (source, lengths) = make_model("cmlm"), make_source(LENGTHS)
+    one, four = (MaskPredict(n).decode(model, source, lengths).lists() for n in (1, 4))
+    assert one != four
+    model = make_model("cmlm", length_kind="difference", norm="post")
+    found = MaskPredict(1, length_candidates=9, n_best=9).decode(model, source, lengths)
+    assert (found.scores == -torch.inf).any()
+
+
+class Watched:
+    """Records what a model's decoder is given."""
+
+    def __init__(self, model: CMLM) -> None:
+        self.model, self.inputs, self.decode = model, [], model.decode
+        model.decode = self
+
+    def __call__(self, tokens: Tensor, lengths: Tensor, memory) -> Tensor:
+        self.inputs.append((tokens.clone(), lengths.clone()))
+        return self.decode(tokens, lengths, memory)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 10])
+def test_n_iterations_are_n_passes_over_fewer_and_fewer_masks(iterations: int) -> None:
+    model, (source, lengths) = make_model("cmlm"), make_source(LENGTHS)
+    watched = Watched(model)
+    given = torch.tensor([[5, 1], [7, 2], [3, 12], [1, 1], [6, 4], [10, 11]])
+    MaskPredict(iterations).decode(model, source, lengths, target_lengths=given)
+    assert len(watched.inputs) == iterations
+    before = None
+    for done, (tokens, counts) in enumerate(watched.inputs):
+        assert counts.tolist() == given.flatten().tolist()
+        masked = tokens == MASK
+        # floor(n (N - t) / N) after pass t
+        expected = [n * (iterations - done) // iterations for n in counts.tolist()]
+        assert masked.sum(1).tolist() == expected
+        live = torch.arange(tokens.shape[1]) < counts[:, None]
+        assert ((tokens == PAD) == ~live).all()
+        if before is not None:
+            kept = ~masked & (before != MASK)
+            assert torch.equal(tokens[kept], before[kept])
+        before = tokens
+
+
+def test_the_encoder_runs_once() -> None:
+    model, (source, lengths) = make_model("cmlm"), make_source(LENGTHS)
+    calls, encode = [], model.encode
+    model.encode = lambda *arguments: (calls.append(1), encode(*arguments))[1]
+    MaskPredict(4, length_candidates=3).decode(model, source, lengths)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("favoured", [PAD, BOS, EOS, MASK, (PAD, BOS, EOS, MASK)])
+@pytest.mark.parametrize("kind", ["cmlm", "nat-copy"])
+def test_no_special_symbol_is_produced_however_probable(kind: str, favoured) -> None:
+    name, changes = MODELS[kind]
+    model, (source, lengths) = make_model(name, **changes), make_source(LENGTHS)
+    plain = MaskPredict(3, trace=True).decode(model, source, lengths)
+    logits = model.logits
+
+    def tempted(states: Tensor) -> Tensor:
+        values = logits(states)
+        values[..., favoured] = 1e4
+        return values
+
+    model.logits = tempted
+    found = MaskPredict(3, trace=True).decode(model, source, lengths)
+    # They have no share in the probabilities either.
+    assert_same(found, plain)
+    for state, tokens in [(s, s) for s in found.trace] + [(found.tokens[:, 0],) * 2]:
+        words = state[tokens != PAD]
+        assert ((words == UNK) | (words > MASK)).all()
+    assert (found.tokens[:, 0] != PAD).sum(1).tolist() == found.lengths[:, 0].tolist()
+
+
+def test_logits_that_are_not_numbers_end_as_unknown_words() -> None:
+    model, (source, lengths) = make_model("cmlm"), make_source(LENGTHS)
+    logits = model.logits
+    model.logits = lambda states: logits(states) * torch.nan
+    for rows in MaskPredict(3).decode(model, source, lengths).lists():
+        assert set(rows[0]) == {UNK}
+
+
+def test_tracing_changes_nothing_else() -> None:
+    model, (source, lengths) = make_model("cmlm"), make_source(LENGTHS)
+    plain = MaskPredict(4, 3, 2).decode(model, source, lengths)
+    traced = MaskPredict(4, 3, 2, trace=True).decode(model, source, lengths)
+    assert_same(traced, plain)
+    assert plain.trace == [] and len(traced.trace) == 4
+    assert torch.equal(traced.trace[-1], traced.tokens[:, 0])
+    assert not any((state == MASK).any() for state in traced.trace)
+
+
+def test_given_lengths_are_kept() -> None:
+    model, (source, lengths) = make_model("cmlm"), make_source([4, 2])
+    given = torch.tensor([[3, 5, 5], [1, 9, 2]])
+    found = MaskPredict(2, n_best=3).decode(model, source, lengths, target_lengths=given)
+    assert found.lengths.sort(1).values.tolist() == given.sort(1).values.tolist()
+    one = MaskPredict(2).decode(model, source, lengths, target_lengths=given[:, :1])
+    assert one.lengths.tolist() == [[3], [1]]
+
+
+def test_one_candidate_is_the_most_probable_length() -> None:
+    model, (source, lengths) = make_model("cmlm"), make_source(LENGTHS)
+    found = MaskPredict(2, length_candidates=1).decode(model, source, lengths)
+    memory = model.encode(source, lengths)
+    assert torch.equal(found.lengths[:, 0], model.length(memory.states, lengths).argmax(1) + 1)
+
+
+def test_more_candidates_never_lower_the_score() -> None:
+    model, (source, lengths) = make_model("cmlm"), make_source(LENGTHS)
+    scores = [
+        MaskPredict(3, length_candidates=n).decode(model, source, lengths).scores
+        for n in (1, 2, 5, 12, 40)
+    ]
+    for fewer, more in zip(scores, scores[1:], strict=False):
+        assert (more >= fewer - 1e-5).all()
+    assert (scores[3] > scores[0] + 1e-3).any()
+
+
+def test_learned_positions_bound_the_lengths_instead_of_failing() -> None:
+    model = make_model("cmlm", positions="learned", max_length=20, length_classes=40)
+    source, lengths = make_source(LENGTHS)
+    found = MaskPredict(2, length_candidates=40, n_best=40).decode(model, source, lengths)
+    real = found.scores > -torch.inf
+    for row in range(len(LENGTHS)):
+        assert sorted(found.lengths[row][real[row]].tolist()) == list(range(1, 21))
+
+
+def test_vanilla_nat_decodes_in_one_pass_by_default() -> None:
+    from pynar.decoding import strategy
+
+    model, (source, lengths) = make_model("nat"), make_source(LENGTHS)
+    watched = Watched(model)
+    found = strategy(model).decode(model, source, lengths)
+    assert len(watched.inputs) == 1 and (found.passes == 1).all()
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        ({"iterations": 0}, "MaskPredict: `iterations` must be positive, got 0"),
+        ({"length_candidates": -1}, "MaskPredict: `length_candidates` must be positive, got -1"),
+        ({"n_best": 0}, "MaskPredict: `n_best` must be positive, got 0"),
+        ({"n_best": 6}, r"`n_best` must be at most `length_candidates` \(5\), got 6"),
+    ],
+)
+def test_senseless_options_are_refused_by_name(options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        MaskPredict(**options)
+
+
+@pytest.mark.parametrize(
+    "given,words",
+    [
+        (torch.tensor([3, 5]), r"`target_lengths` must have shape \[2, n\], got \[2\]"),
+        (torch.tensor([[3, 5]]), r"`target_lengths` must have shape \[2, n\], got \[1, 2\]"),
+        (torch.tensor([[3], [0]]), "`target_lengths` must be positive"),
+    ],
+)
+def test_senseless_lengths_are_refused(given: Tensor, words: str) -> None:
+    model, (source, lengths) = make_model("cmlm"), make_source([4, 2])
+    with pytest.raises(ValueError, match=words):
+        MaskPredict(1).decode(model, source, lengths, target_lengths=given)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pynar.nn.length import LengthPredictor
+from pynar.testing import tolerance
+
+CLOSE = tolerance("cpu", torch.float32)
+KINDS = ("absolute", "difference")
+
+
+def make(kind: str, classes: int, longest: int | None = None) -> LengthPredictor:
+    layer = LengthPredictor(8, kind=kind, classes=classes, longest=longest)
+    torch.nn.init.normal_(layer.output.weight)
+    return layer
+
+
+def distribution(
+    layer: LengthPredictor, states: torch.Tensor, source_length: int
+) -> dict[int, float]:
+    """Length -> probability of one sentence, from the weights, by the definition."""
+    mean = states[:source_length].double().mean(0)
+    logits = (layer.output.weight.double() @ mean + layer.output.bias.double()).tolist()
+    first = 1 if layer.kind == "absolute" else source_length - layer.classes // 2
+    longest = layer.longest or 10**6
+    possible = {first + i: x for i, x in enumerate(logits) if 1 <= first + i <= longest}
+    values = torch.tensor(list(possible.values()), dtype=torch.float64).softmax(0).tolist()
+    return dict(zip(possible, values, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [1, 2, 7, 20])
+@pytest.mark.parametrize("longest", [None, 9])
+def test_every_possible_length_has_its_probability_and_no_other(kind, classes, longest) -> None:
+    layer, source_lengths = make(kind, classes, longest), torch.tensor([1, 2, 6, 9])
+    states = torch.randn(4, 9, 8)
+    log_probs = layer(states, source_lengths)
+    assert log_probs.shape == (4, classes)
+    torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(4))
+    for b, length in enumerate(source_lengths.tolist()):
+        expected = torch.zeros(classes)
+        first = 1 if kind == "absolute" else length - classes // 2
+        for target, probability in distribution(layer, states[b], length).items():
+            expected[target - first] = probability
+        torch.testing.assert_close(log_probs[b].exp(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("longest", [None, 9])
+def test_loss_is_that_of_the_true_length_or_the_nearest(kind: str, longest: int | None) -> None:
+    layer = make(kind, 6, longest)
+    for source_length in (1, 4, 9):
+        states = torch.randn(1, 9, 8)
+        probability = distribution(layer, states[0], source_length)
+        for target in (0, 1, 2, 5, 6, 7, 9, 12, 40):
+            nearest = min(probability, key=lambda length: abs(length - target))
+            loss = layer.loss(states, torch.tensor([source_length]), torch.tensor([target]))
+            expected = -torch.tensor(probability[nearest]).log()
+            torch.testing.assert_close(loss, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_is_summed_over_the_sentences(kind: str) -> None:
+    layer, states = make(kind, 6), torch.randn(3, 5, 8)
+    source_lengths, target_lengths = torch.tensor([5, 1, 3]), torch.tensor([1, 9, 4])
+    alone = [
+        layer.loss(states[b : b + 1], source_lengths[b : b + 1], target_lengths[b : b + 1])
+        for b in range(3)
+    ]
+    torch.testing.assert_close(layer.loss(states, source_lengths, target_lengths), sum(alone))
+    empty = layer.loss(states[:0], source_lengths[:0], target_lengths[:0])
+    torch.testing.assert_close(empty, torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("candidates", [1, 3, 6, 9])
+def test_the_most_probable_lengths_come_first_and_differ(kind: str, candidates: int) -> None:
+    layer, source_lengths = make(kind, 6), torch.tensor([1, 2, 6])
+    states = torch.randn(3, 6, 8)
+    lengths, log_probs = layer.predict(states, source_lengths, candidates)
+    assert lengths.shape == log_probs.shape == (3, min(candidates, 6))
+    for b, source_length in enumerate(source_lengths.tolist()):
+        probability = distribution(layer, states[b], source_length)
+        ranked = sorted(probability, key=probability.__getitem__, reverse=True)[:candidates]
+        found = [
+            length
+            for length, p in zip(lengths[b].tolist(), log_probs[b].tolist(), strict=True)
+            if p > -torch.inf
+        ]
+        assert found == ranked
+        # What is left over is flagged, and still a length that can be decoded.
+        assert (log_probs[b, len(ranked) :] == -torch.inf).all()
+        assert (lengths[b, len(ranked) :] == ranked[0]).all()
+
+
+def test_lengths_the_model_has_no_positions_for_are_never_predicted() -> None:
+    layer, states = make("difference", 20, longest=7), torch.randn(1, 6, 8)
+    lengths, log_probs = layer.predict(states, torch.tensor([6]), 20)
+    possible = lengths[log_probs > -torch.inf]
+    assert sorted(possible.tolist()) == list(range(1, 8)) and lengths.max() == 7
+
+
+def test_padding_is_inert_even_where_it_is_not_a_number() -> None:
+    layer, states = make("absolute", 6), torch.randn(2, 5, 8)
+    lengths = torch.tensor([2, 4])
+    dirty = states.clone()
+    dirty[0, 2:], dirty[1, 4:] = torch.nan, torch.inf
+    wide = torch.nn.functional.pad(dirty, (0, 0, 0, 3), value=torch.nan)
+    for given in (dirty, wide):
+        torch.testing.assert_close(layer(given, lengths), layer(states, lengths))
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="one of absolute, difference, got 'relative'"):
+        LengthPredictor(8, kind="relative", classes=6)
