@@ -21,16 +21,16 @@ __all__ = ["CMLM", "CMLMConfig", "uniform_masking"]
 @dataclass(frozen=True, kw_only=True)
 class CMLMConfig(TransformerConfig):
     length_kind: str = "absolute"
+    length_pooling: str = "mean"
     length_classes: int = 256
     length_weight: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.length_kind not in LengthPredictor.KINDS:
-            raise ValueError(
-                f"`length_kind` must be one of {', '.join(LengthPredictor.KINDS)}, "
-                f"got {self.length_kind!r}"
-            )
+        choices = {"length_kind": LengthPredictor.KINDS, "length_pooling": LengthPredictor.POOLINGS}
+        for field, known in choices.items():
+            if (value := getattr(self, field)) not in known:
+                raise ValueError(f"`{field}` must be one of {', '.join(known)}, got {value!r}")
         if self.length_classes < 1:
             raise ValueError(f"`length_classes` must be positive, got {self.length_classes}")
         if not self.length_weight >= 0:
@@ -67,6 +67,7 @@ class CMLM(TranslationModel):
             config.dim,
             kind=config.length_kind,
             classes=config.length_classes,
+            pooling=config.length_pooling,
             longest=self.longest,
         )
         self.length.apply(self._initialise)

@@ -10,10 +10,15 @@ from pynar.nn.attention import padding_mask
 
 __all__ = ["LengthPredictor"]
 
+# A sum over a sentence of this many tokens is as large as a mean.
+_SUM_SCALE = 16
+
 
 class LengthPredictor(nn.Module):
-    """Classifies the target length from the mean of the live encoder states.
+    """Classifies the target length from the pooled encoder states.
 
+    `pooling="mean"` takes the mean of the live states; `"sum"` a fixed fraction of their sum, from
+    which a linear map can count: each source token adds the target tokens it stands for.
     `kind="absolute"` has one class a length 1 ... `classes`; `kind="difference"` one class a
     difference T - S from -`classes`//2 up. Target lengths outside the range train the nearest
     class, and lengths above `longest` are not predicted. (Ghazvininejad et al. 2019; the pooled
@@ -21,9 +26,24 @@ class LengthPredictor(nn.Module):
     """
 
     KINDS = ("absolute", "difference")
+    POOLINGS = ("mean", "sum")
 
-    def __init__(self, dim: int, *, kind: str, classes: int, longest: int | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        kind: str,
+        classes: int,
+        pooling: str = "mean",
+        longest: int | None = None,
+    ) -> None:
         super().__init__()
+        if pooling not in self.POOLINGS:
+            raise ValueError(
+                f"LengthPredictor: `pooling` must be one of {', '.join(self.POOLINGS)}, "
+                f"got {pooling!r}"
+            )
+        self.pooling = pooling
         if kind not in self.KINDS:
             raise ValueError(
                 f"LengthPredictor: `kind` must be one of {', '.join(self.KINDS)}, got {kind!r}"
@@ -41,8 +61,9 @@ class LengthPredictor(nn.Module):
     def forward(self, states: Tensor, source_lengths: Tensor) -> Tensor:
         """Log-probabilities `[B, classes]` in fp32; impossible lengths have -inf."""
         live = padding_mask(source_lengths, states.shape[1])[:, 0, 0, :, None]
-        mean = torch.where(live, states, 0).sum(1) / source_lengths[:, None]
-        logits = self.output(mean.to(states.dtype)).float()
+        pooled = torch.where(live, states, 0).sum(1)
+        pooled = pooled / (source_lengths[:, None] if self.pooling == "mean" else _SUM_SCALE)
+        logits = self.output(pooled.to(states.dtype)).float()
         lengths = self._lengths(source_lengths)
         impossible = lengths < 1
         if self.longest is not None:

@@ -10,8 +10,10 @@ CLOSE = tolerance("cpu", torch.float32)
 KINDS = ("absolute", "difference")
 
 
-def make(kind: str, classes: int, longest: int | None = None) -> LengthPredictor:
-    layer = LengthPredictor(8, kind=kind, classes=classes, longest=longest)
+def make(
+    kind: str, classes: int, longest: int | None = None, pooling: str = "mean"
+) -> LengthPredictor:
+    layer = LengthPredictor(8, kind=kind, classes=classes, pooling=pooling, longest=longest)
     torch.nn.init.normal_(layer.output.weight)
     return layer
 
@@ -20,8 +22,9 @@ def distribution(
     layer: LengthPredictor, states: torch.Tensor, source_length: int
 ) -> dict[int, float]:
     """Length -> probability of one sentence, from the weights, by the definition."""
-    mean = states[:source_length].double().mean(0)
-    logits = (layer.output.weight.double() @ mean + layer.output.bias.double()).tolist()
+    live = states[:source_length].double()
+    pooled = live.mean(0) if layer.pooling == "mean" else live.sum(0) / 16
+    logits = (layer.output.weight.double() @ pooled + layer.output.bias.double()).tolist()
     first = 1 if layer.kind == "absolute" else source_length - layer.classes // 2
     longest = layer.longest or 10**6
     possible = {first + i: x for i, x in enumerate(logits) if 1 <= first + i <= longest}
@@ -32,8 +35,12 @@ def distribution(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [1, 2, 7, 20])
 @pytest.mark.parametrize("longest", [None, 9])
-def test_every_possible_length_has_its_probability_and_no_other(kind, classes, longest) -> None:
-    layer, source_lengths = make(kind, classes, longest), torch.tensor([1, 2, 6, 9])
+@pytest.mark.parametrize("pooling", LengthPredictor.POOLINGS)
+def test_every_possible_length_has_its_probability_and_no_other(
+    kind, classes, longest, pooling
+) -> None:
+    layer = make(kind, classes, longest, pooling)
+    source_lengths = torch.tensor([1, 2, 6, 9])
     states = torch.randn(4, 9, 8)
     log_probs = layer(states, source_lengths)
     assert log_probs.shape == (4, classes)
