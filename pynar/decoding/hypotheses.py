@@ -35,12 +35,11 @@ class Hypotheses:
 
     @staticmethod
     def stack(rows: Sequence[Hypotheses]) -> Hypotheses:
-        """Joins the results of several batches of sentences, padding to the longest."""
+        """Joins the results of several batches, padding to the longest; traces are dropped."""
         width = max(row.tokens.shape[-1] for row in rows)
         return Hypotheses(
             torch.cat([F.pad(row.tokens, (0, width - row.tokens.shape[-1])) for row in rows]),
-            *(
-                torch.cat([getattr(row, name) for row in rows])
-                for name in ("lengths", "scores", "passes")
-            ),
+            torch.cat([row.lengths for row in rows]),
+            torch.cat([row.scores for row in rows]),
+            torch.cat([row.passes for row in rows]),
         )

@@ -99,13 +99,17 @@ class TranslationModel(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        positions = {"positions": config.positions, "max_length": config.max_length}
+        positions: dict[str, Any] = {"positions": config.positions, "max_length": config.max_length}
         self.source_embedding = Embedding(config.source_vocabulary, config.dim, **positions)
         self.target_embedding = Embedding(config.target_vocabulary, config.dim, **positions)
         if config.share_embeddings:
             self.target_embedding.tokens = self.source_embedding.tokens
         sizes = (config.dim, config.ffn_dim, config.heads)
-        habits = {"dropout": config.dropout, "norm": config.norm, "activation": config.activation}
+        habits: dict[str, Any] = {
+            "dropout": config.dropout,
+            "norm": config.norm,
+            "activation": config.activation,
+        }
         self.encoder = Encoder(config.encoder_layers, *sizes, **habits)
         self.decoder = Decoder(config.decoder_layers, *sizes, **habits)
         self.dropout = nn.Dropout(config.dropout)

@@ -30,6 +30,8 @@ class Embedding(nn.Module):
     Learned positions end at `max_length`; sinusoids are made as long as a sentence asks for.
     """
 
+    table: Tensor
+
     def __init__(self, vocabulary: int, dim: int, *, positions: str, max_length: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, dim, padding_idx=PAD)

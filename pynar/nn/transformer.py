@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from pynar.nn.attention import CrossAttention, SelfAttention, padding_mask
 
 __all__ = ["Decoder", "DecoderCache", "Encoder", "FeedForward", "Memory"]
 
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 @dataclass
@@ -173,7 +174,10 @@ class Decoder(nn.Module):
 
     def project(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Every layer's cross-attention keys and values of the encoder's `states`."""
-        return [layer.cross_attention.project(states) for layer in self.layers]
+        return [layer.cross_attention.project(states) for layer in self._stack()]
+
+    def _stack(self) -> list[_DecoderLayer]:
+        return cast("list[_DecoderLayer]", self.layers)
 
     def forward(self, x: Tensor, memory: Memory, lengths: Tensor | None = None) -> Tensor:
         """Decodes `x: [B * n, T, C]`: bidirectionally within `lengths: [B * n]`, causally if None.
@@ -182,7 +186,7 @@ class Decoder(nn.Module):
         """
         mask = None if lengths is None else padding_mask(lengths, x.shape[1])
         memory_mask = memory.mask
-        for layer, keys_values in zip(self.layers, memory.keys_values, strict=True):
+        for layer, keys_values in zip(self._stack(), memory.keys_values, strict=True):
             attention = layer.self_attention
 
             def attend(h: Tensor, attention: SelfAttention = attention) -> Tensor:
@@ -199,7 +203,7 @@ class Decoder(nn.Module):
         cache.reserve()
         memory_mask = memory.mask
         for index, (layer, keys_values) in enumerate(
-            zip(self.layers, memory.keys_values, strict=True)
+            zip(self._stack(), memory.keys_values, strict=True)
         ):
             attention, slots = layer.self_attention, cache.data[:, index]
 
