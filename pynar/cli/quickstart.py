@@ -117,7 +117,8 @@ def _prepare(output: Path, train: Sequence[Example], valid: Sequence[Example]) -
         output / "data-raw",
         train=paths["train"],
         valid=paths["valid"],
-        vocab_size=500,
+        vocab_size=1200,
+        model_type="bpe",
         split_digits=True,
     )
 
