@@ -589,10 +589,10 @@ _TEMPLATES = (
 def _say(rng: random.Random, part: Part) -> str:
     """Draws a reading: the first is a habit, as in real text, where no two ways are equally common.
 
-    Of two readings the first comes in seven cases of ten. Were they even, a teacher's choice
+    Of two readings the first comes in four cases of five. Were they even, a teacher's choice
     between them would hang on chance, and distillation could not make its targets consistent.
     """
-    return part.readings[0] if rng.random() < 0.4 else rng.choice(part.readings)
+    return part.readings[0] if rng.random() < 0.6 else rng.choice(part.readings)
 
 
 def _draw(rng: random.Random) -> Example:

@@ -21,12 +21,16 @@ class MaskPredict:
     """Mask-Predict (Ghazvininejad et al. 2019, section 4): `iterations` decoder passes.
 
     After pass t of N (counted from 1) the floor(n (N - t) / N) tokens of lowest probability are
-    masked again. The `length_candidates` most probable lengths are decoded side by side; the one
-    of the highest mean token log-probability wins. One iteration is plain parallel decoding.
+    masked again. One iteration is plain parallel decoding.
+
+    The `length_candidates` most probable lengths are decoded side by side; the one of the highest
+    mean token log-probability wins. `length_prior` w adds w log p(T | x) before the division by
+    T. The paper has w = 0; but a model that was shown a wrong length is often sure of itself.
     """
 
     iterations: int = 10
     length_candidates: int = 5
+    length_prior: float = 0.0
     n_best: int = 1
     trace: bool = False
 
@@ -34,6 +38,10 @@ class MaskPredict:
         for name in ("iterations", "length_candidates", "n_best"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"MaskPredict: `{name}` must be positive, got {value}")
+        if not self.length_prior >= 0:
+            raise ValueError(
+                f"MaskPredict: `length_prior` must not be negative, got {self.length_prior}"
+            )
         if self.n_best > self.length_candidates:
             raise ValueError(
                 f"MaskPredict: `n_best` must be at most `length_candidates` "
@@ -80,9 +88,11 @@ class MaskPredict:
                 zero = torch.zeros_like(again)
                 trace.append(mask_predict_step(logits, tokens, scores, lengths, zero)[0])
             tokens, scores = mask_predict_step(logits, tokens, scores, lengths, again)
-        mean = scores.sum(1) / lengths.clamp(min=1)
-        # A candidate that stands for no possible length cannot win.
-        mean = mean.view(sentences, candidates).masked_fill(log_probs == -torch.inf, -torch.inf)
+        # A candidate that stands for no possible length cannot win, whatever the prior's weight.
+        possible = log_probs > -torch.inf
+        total = scores.sum(1).view(sentences, candidates)
+        total = total + self.length_prior * torch.where(possible, log_probs, 0)
+        mean = (total / target_lengths.clamp(min=1)).masked_fill(~possible, -torch.inf)
         best, order = mean.topk(min(self.n_best, candidates), -1)
         rows = (torch.arange(sentences, device=source.device)[:, None] * candidates) + order
         return Hypotheses(

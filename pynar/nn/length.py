@@ -10,15 +10,12 @@ from pynar.nn.attention import padding_mask
 
 __all__ = ["LengthPredictor"]
 
-# A sum over a sentence of this many tokens is as large as a mean.
-_SUM_SCALE = 16
-
 
 class LengthPredictor(nn.Module):
     """Classifies the target length from the pooled encoder states.
 
-    `pooling="mean"` takes the mean of the live states; `"sum"` a fixed fraction of their sum, from
-    which a linear map can count: each source token adds the target tokens it stands for.
+    `pooling="mean"` takes the mean of the live states; `"sum"` their sum, from which a linear map
+    can count: each source token adds the target tokens it stands for.
     `kind="absolute"` has one class a length 1 ... `classes`; `kind="difference"` one class a
     difference T - S from -`classes`//2 up. Target lengths outside the range train the nearest
     class, and lengths above `longest` are not predicted. (Ghazvininejad et al. 2019; the pooled
@@ -62,7 +59,8 @@ class LengthPredictor(nn.Module):
         """Log-probabilities `[B, classes]` in fp32; impossible lengths have -inf."""
         live = padding_mask(source_lengths, states.shape[1])[:, 0, 0, :, None]
         pooled = torch.where(live, states, 0).sum(1)
-        pooled = pooled / (source_lengths[:, None] if self.pooling == "mean" else _SUM_SCALE)
+        if self.pooling == "mean":
+            pooled = pooled / source_lengths[:, None]
         logits = self.output(pooled.to(states.dtype)).float()
         lengths = self._lengths(source_lengths)
         impossible = lengths < 1

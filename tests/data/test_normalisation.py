@@ -480,9 +480,9 @@ def test_every_template_and_slot_is_used(examples):
 def test_many_sources_have_several_readings_and_each_is_drawn():
     examples = generate(5_000, seed=2)
     assert sum(len(example.readings) > 1 for example in examples) > 0.6 * len(examples)
-    # "nine" is the habit, "nine o'clock" the other way: three cases of ten.
+    # "nine" is the habit, "nine o'clock" the other way: one case of five.
     hours = [e for e in examples if any("o'clock" in reading for reading in e.readings)]
-    assert 0.22 < sum("o'clock" in e.target for e in hours) / len(hours) < 0.38
+    assert 0.12 < sum("o'clock" in e.target for e in hours) / len(hours) < 0.28
 
 
 def test_the_seed_decides_everything():
@@ -493,7 +493,7 @@ def test_the_seed_decides_everything():
 
 def test_the_corpus_is_the_same_on_every_machine():
     lines = "\n".join(f"{e.source}\t{e.target}" for e in generate(1_000, seed=1))
-    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == "50fa0a3f36fd98a9"
+    assert hashlib.sha256(lines.encode()).hexdigest()[:16] == "2f21acff5a09b5b1"
 
 
 def test_excluded_sources_do_not_return():

@@ -80,6 +80,26 @@ def test_decoding_is_the_slow_one(kind: str, iterations: int) -> None:
         assert [s[row, : len(best[0])].tolist() for s in found.trace] == best
 
 
+@pytest.mark.parametrize("prior", [0.5, 3.0])
+@torch.no_grad()
+def test_the_length_prior_joins_the_score(prior: float) -> None:
+    model, (source, lengths) = make_model("cmlm"), make_source(LENGTHS)
+    found = MaskPredict(3, length_candidates=4, length_prior=prior, n_best=4).decode(
+        model, source, lengths
+    )
+    for row, length in enumerate(LENGTHS):
+        own = source[row, :length]
+        memory = model.encode(own[None], torch.tensor([length]))
+        log_probs = model.length.output(memory.states[0].mean(0)).log_softmax(-1)
+        scores = {}
+        for candidate in slow_lengths(model, own, 4):
+            states, mean = slow_decode(model, own, candidate, 3)
+            scores[tuple(states[-1])] = mean + prior * float(log_probs[candidate - 1]) / candidate
+        best = sorted(scores.values(), reverse=True)
+        torch.testing.assert_close(found.scores[row].tolist(), best, rtol=1e-4, atol=1e-5)
+        assert tuple(found.lists()[row][0]) == max(scores, key=scores.__getitem__)
+
+
 def test_passes_do_change_tokens_and_some_sources_have_few_lengths() -> None:
     """The cases that the test above rests on do occur."""
     model, (source, lengths) = make_model("cmlm"), make_source(LENGTHS)
@@ -222,6 +242,7 @@ def test_vanilla_nat_decodes_in_one_pass_by_default() -> None:
     "options,words",
     [
         ({"iterations": 0}, "MaskPredict: `iterations` must be positive, got 0"),
+        ({"length_prior": -1.0}, "MaskPredict: `length_prior` must not be negative, got -1.0"),
         ({"length_candidates": -1}, "MaskPredict: `length_candidates` must be positive, got -1"),
         ({"n_best": 0}, "MaskPredict: `n_best` must be positive, got 0"),
         ({"n_best": 6}, r"`n_best` must be at most `length_candidates` \(5\), got 6"),

@@ -23,7 +23,7 @@ def distribution(
 ) -> dict[int, float]:
     """Length -> probability of one sentence, from the weights, by the definition."""
     live = states[:source_length].double()
-    pooled = live.mean(0) if layer.pooling == "mean" else live.sum(0) / 16
+    pooled = live.mean(0) if layer.pooling == "mean" else live.sum(0)
     logits = (layer.output.weight.double() @ pooled + layer.output.bias.double()).tolist()
     first = 1 if layer.kind == "absolute" else source_length - layer.classes // 2
     longest = layer.longest or 10**6
