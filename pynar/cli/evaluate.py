@@ -52,13 +52,13 @@ def run(options: argparse.Namespace) -> None:
         if all("beam" not in translator.model.strategies for _, translator, _ in models):
             print("note: no autoregressive model among them; a speed-up needs one beside it")
         print(f"timing {len(models)} systems: {machine(options.device)}")
-        speeds = measure_speed(
+        measured = measure_speed(
             [(translator, chosen) for _, translator, chosen in models],
             source,
             latency_sentences=options.latency_sentences,
         )
-        for (name, translator, chosen), speed in zip(models, speeds, strict=True):
-            lines = [result.text for result in translator.decode(source, chosen)]
+        for (name, _, _), (speed, results) in zip(models, measured, strict=True):
+            lines = [result.text for result in results]
             systems.append((name, lines))
             scores = _scores(evaluate(lines, references))
             rows.append({"system": name, **scores, **dataclasses.asdict(speed)})

@@ -205,8 +205,9 @@ def _systems(output: Path) -> list[tuple[str, str, Translator, Strategy]]:
 
 
 def _parallel(iterations: int, *, trace: bool = False) -> MaskPredict:
-    # The length is hard to guess here, where two readings seldom have as many words.
-    return MaskPredict(iterations, length_candidates=3, length_prior=0.5, trace=trace)
+    # The length is hard to guess here, where two readings seldom have as many words. The prior
+    # was chosen on the validation sentences.
+    return MaskPredict(iterations, length_candidates=3, length_prior=0.25, trace=trace)
 
 
 def _measure(output: Path, test: Sequence[Example]) -> list[Row]:
@@ -214,13 +215,13 @@ def _measure(output: Path, test: Sequence[Example]) -> list[Row]:
     sources = [example.source for example in test]
     references = _references(test)
     # One turn of throughput each; `pynar evaluate` takes more.
-    speeds = measure_speed(
+    measured = measure_speed(
         [system[2:] for system in systems], sources, latency_sentences=50, repetitions=1
     )
-    baseline = speeds[0].p50_ms
+    baseline = measured[0][0].p50_ms
     rows = []
-    for (name, kind, translator, strategy), speed in zip(systems, speeds, strict=True):
-        lines = [result.text for result in translator.decode(sources, strategy)]
+    for (name, kind, _, _), (speed, results) in zip(systems, measured, strict=True):
+        lines = [result.text for result in results]
         quality = evaluate(lines, references)
         rows.append(
             Row(

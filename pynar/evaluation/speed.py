@@ -34,8 +34,8 @@ def measure_speed(
     warmup: int = 10,
     repetitions: int = 3,
     max_tokens: int = 4096,
-) -> list[Speed]:
-    """Measures systems side by side on the same lines.
+) -> list[tuple[Speed, list[Translation]]]:
+    """Measures systems side by side on the same lines; returns what they wrote, too.
 
     Systems take turns sentence by sentence and repetition by repetition, so that a machine
     which drifts drifts for all of them. Throughput is the median over `repetitions`.
@@ -54,11 +54,12 @@ def measure_speed(
             latencies[index].append(1e3 * seconds)
             passes[index] += results[0].passes / len(few)
     rates: list[list[float]] = [[] for _ in systems]
+    outputs: list[list[Translation]] = [[] for _ in systems]
     for _ in range(repetitions):
         for index, (translator, strategy) in enumerate(systems):
-            seconds, _ = _timed(translator, strategy, lines, max_tokens)
+            seconds, outputs[index] = _timed(translator, strategy, lines, max_tokens)
             rates[index].append(len(lines) / seconds)
-    return [
+    speeds = [
         Speed(
             p50_ms=_percentile(times, 0.50),
             p95_ms=_percentile(times, 0.95),
@@ -68,6 +69,7 @@ def measure_speed(
         )
         for times, rate, count in zip(latencies, rates, passes, strict=True)
     ]
+    return list(zip(speeds, outputs, strict=True))
 
 
 def _timed(
