@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["Hypotheses"]
@@ -32,14 +29,3 @@ class Hypotheses:
             [row[:length] for row, length in zip(rows, lengths, strict=True)]
             for rows, lengths in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
         ]
-
-    @staticmethod
-    def stack(rows: Sequence[Hypotheses]) -> Hypotheses:
-        """Joins the results of several batches, padding to the longest; traces are dropped."""
-        width = max(row.tokens.shape[-1] for row in rows)
-        return Hypotheses(
-            torch.cat([F.pad(row.tokens, (0, width - row.tokens.shape[-1])) for row in rows]),
-            torch.cat([row.lengths for row in rows]),
-            torch.cat([row.scores for row in rows]),
-            torch.cat([row.passes for row in rows]),
-        )

@@ -14,11 +14,3 @@ def make(tokens: list, lengths: list, first: int) -> Hypotheses:
 def test_lists_end_where_the_hypotheses_do() -> None:
     found = make([[[7, 8, 0], [9, 0, 0]], [[0, 0, 0], [5, 6, 7]]], [[2, 1], [0, 3]], 0)
     assert found.lists() == [[[7, 8], [9]], [[], [5, 6, 7]]]
-
-
-def test_batches_of_different_width_are_joined_in_order() -> None:
-    parts = [make([[[7, 8]]], [[2]], 0), make([[[5]], [[0]]], [[1], [0]], 1)]
-    joined = Hypotheses.stack(parts)
-    assert joined.lists() == [[[7, 8]], [[5]], [[]]]
-    assert joined.tokens.tolist() == [[[7, 8]], [[5, 0]], [[0, 0]]]
-    assert joined.scores.tolist() == [[0], [-1], [-2]] and joined.passes.tolist() == [0, 1, 2]
