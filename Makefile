@@ -19,7 +19,7 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	@mkdir -p build
-	$(RUN) -m pytest -q bench -m "not cuda" --benchmark-json build/bench.json
+	$(RUN) -m pytest -q bench -m "not cuda and not grid" --benchmark-json build/bench.json
 	$(RUN) -m bench.report build/bench.json
 
 lint: $(VENV)/installed

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +19,8 @@ import torch
 from torch import Tensor
 
 from pynar import _backend
-from pynar.testing import tolerance
+from pynar.evaluation.environment import CudaClock, commit, read_bandwidth
+from pynar.testing import Tolerance, tolerance
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -40,6 +39,9 @@ class Case:
     reference: Function
     bytes_moved: int  # that the operator cannot do without
     direction: str = "forward"
+    flops: int = 0  # of matrix products, two for each product of numbers
+    # Where implementations round in different places; whole numbers then need not agree.
+    limits: Tolerance | None = field(default=None, kw_only=True)
     # Whether a user would replay the call from a captured graph.
     graph: bool = field(default=True, kw_only=True)
 
@@ -49,57 +51,48 @@ class Case:
         return f"{self.operator} {self.shape} {dtype} {self.device.type} {self.direction}"
 
 
-class CudaClock:
-    """A clock for pytest-benchmark that reads the GPU's own time, in seconds."""
-
-    def __init__(self) -> None:
-        self._last: torch.cuda.Event | None = None
-        self._now = 0.0
-
-    def __call__(self) -> float:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        event.synchronize()
-        if self._last is not None:
-            # Summed up from differences, since an event's own time is a float of milliseconds.
-            self._now += self._last.elapsed_time(event) / 1e3
-        self._last = event
-        return self._now
+FORMATS = (torch.float32, torch.bfloat16, torch.int8)  # as csrc/linear/panel.h numbers them
 
 
-def measure_ceiling(device: torch.device, bytes_moved: int) -> float:
-    """Measures the rate, in bytes a second, at which this many bytes can be read here.
+def measure_flop_ceiling(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Measures the rate, in operations a second, of matrix products in `dtype`.
 
-    On the CPU with the same number of threads, data of the same size and as warm as a repeated
-    benchmark leaves it; on a GPU half the traffic of a device-to-device copy, cold.
+    On the CPU what the multiply-adds of the instruction set reach on operands in the innermost
+    cache, on as many threads; on a GPU torch's product of two large matrices. None where neither
+    can be had.
     """
-    count = max(1, bytes_moved // 4)
-    data = torch.ones(count, device=device)
-    times = []
     if device.type == "cuda":
+        size = 8192
+        matrix = torch.randn(size, size, device=device).to(dtype)
         clock = CudaClock()
-        other = torch.empty_like(data)
+        times = []
         for _ in range(20):
             begin = clock()
-            other.copy_(data)
-            times.append((clock() - begin) / 2)
-    else:
-        extension = _backend.extension()
-        read: Function = data.sum if extension is None else lambda: extension.read_all(data)
-        end = time.perf_counter() + 0.3
-        while time.perf_counter() < end or len(times) < 5:
-            begin = time.perf_counter()
-            read()
-            times.append(time.perf_counter() - begin)
-    return 4 * count / statistics.median(times)
+            torch.mm(matrix, matrix)
+            times.append(clock() - begin)
+        return 2 * size**3 / statistics.median(times)
+    extension = _backend.extension()
+    if extension is None or dtype not in FORMATS:
+        return None
+    rates = []
+    end = time.perf_counter() + 0.05
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        operations = extension.multiply_in_cache(FORMATS.index(dtype), 20)
+        rates.append(operations / (time.perf_counter() - begin))
+    # Other work on the machine can only lower it.
+    return max(rates)
 
 
-def _assert_agrees(got: Any, want: Any) -> None:
+def _assert_agrees(got: Any, want: Any, limits: Tolerance | None) -> None:
     got = got if isinstance(got, tuple) else (got,)
     want = want if isinstance(want, tuple) else (want,)
     for g, w in zip(got, want, strict=True):
-        limits = tolerance(w.device, w.dtype) if w.is_floating_point() else {"rtol": 0, "atol": 0}
-        torch.testing.assert_close(g, w, **limits, equal_nan=True)
+        if w.is_floating_point():
+            close = limits or tolerance(w.device, w.dtype)
+            torch.testing.assert_close(g, w, **close, equal_nan=True)
+        elif limits is None:
+            torch.testing.assert_close(g, w, rtol=0, atol=0)
 
 
 def _capture(function: Function, arguments: tuple[Tensor, ...]) -> Function:
@@ -116,7 +109,7 @@ def run_case(benchmark: Any) -> Iterator[Callable[[Case, str, Function], None]]:
     def run(case: Case, implementation: str, function: Function) -> None:
         with torch.no_grad():
             want = case.reference(*case.arguments)
-            _assert_agrees(function(*case.arguments), want)
+            _assert_agrees(function(*case.arguments), want, case.limits)
             benchmark.group = case.group
             benchmark.extra_info.update(
                 implementation=implementation,
@@ -126,22 +119,25 @@ def run_case(benchmark: Any) -> Iterator[Callable[[Case, str, Function], None]]:
                 device=case.device.type,
                 direction=case.direction,
                 bytes_moved=case.bytes_moved,
+                flops=case.flops,
                 threads=torch.get_num_threads(),
             )
             if case.device.type == "cuda":
                 _time_cuda(benchmark, case, function)
             else:
-                before = measure_ceiling(case.device, case.bytes_moved)
+                before = read_bandwidth(case.device, case.bytes_moved)
                 benchmark(function, *case.arguments)
-                after = measure_ceiling(case.device, case.bytes_moved)
+                after = read_bandwidth(case.device, case.bytes_moved)
                 # Other work on the machine slows both; what it can do is the better of the two.
                 benchmark.extra_info["ceiling"] = max(before, after)
+            if case.flops:
+                benchmark.extra_info["flop_ceiling"] = measure_flop_ceiling(case.device, case.dtype)
 
     yield run
 
 
 def _time_cuda(benchmark: Any, case: Case, function: Function) -> None:
-    benchmark.extra_info["ceiling"] = measure_ceiling(case.device, case.bytes_moved)
+    benchmark.extra_info["ceiling"] = read_bandwidth(case.device, case.bytes_moved)
     timed: Function = lambda: function(*case.arguments)  # noqa: E731
     if case.graph:
         timed = _capture(function, case.arguments)
@@ -167,18 +163,6 @@ def device_or_skip(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _commit() -> str:
-    """Names the commit; "-dirty" if what is timed, or times, differs from it."""
-
-    def git(*arguments: str) -> str:
-        root = Path(__file__).parent.parent
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "csrc", "pynar/ops", "pynar/reference", "bench")
-    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("-dirty" if changed else "")
-
-
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     """Replaces pytest-benchmark's long description by what a reader of a result needs."""
     cpu: Mapping[str, Any] = machine_info.get("cpu", {})
@@ -191,6 +175,6 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         simd=extension.simd_level() if extension is not None else None,
         python=platform.python_version(),
         torch=torch.__version__,
-        commit=_commit(),
+        commit=commit("csrc", "pynar/ops", "pynar/reference", "bench"),
         command=" ".join(["pytest", *map(str, config.invocation_params.args)]),
     )

@@ -64,19 +64,27 @@ def main() -> None:
     for name, value in report["machine"].items():
         print(f"{name}: {value}")
     header = f"  {'':24} {'median us':>12} {'p20':>12} {'p80':>12} {'min':>12}"
-    header += f" {'x faster':>9} {'GB/s':>7} {'of ceiling':>10}"
+    header += f" {'x faster':>9} {'GB/s':>7} {'GFLOP/s':>8} {'of ceiling':>10}"
     for group in dict.fromkeys(row["group"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["group"] == group]
         # Measured around every row; other work on the machine can only lower it.
         ceiling = max(row["ceiling"] for row in rows)
         baseline = next((r["median"] for r in rows if r["implementation"] == BASELINE), None)
-        print(f"\n{group} (ceiling {ceiling / 1e9:.1f} GB/s)\n{header}")
+        flop_ceiling = max(row.get("flop_ceiling") or 0 for row in rows)
+        ceilings = f"{ceiling / 1e9:.1f} GB/s"
+        if flop_ceiling:
+            ceilings += f", {flop_ceiling / 1e9:.0f} GFLOP/s"
+        print(f"\n{group} (ceiling {ceilings})\n{header}")
         for row in rows:
             times = [_microseconds(row[key]) for key in ("median", "p20", "p80", "min")]
             rate = row["bytes_moved"] / row["median"]
+            flops = row.get("flops", 0) / row["median"]
+            # The one of the two ceilings that is nearer.
+            reached = max(rate / ceiling, flops / flop_ceiling if flop_ceiling else 0)
+            gflops = f"{flops / 1e9:.0f}" if flops else "-"
             ratio = f"{baseline / row['median']:.2f}" if baseline else "-"
             line = f"  {row['implementation']:24} " + " ".join(f"{time:>12}" for time in times)
-            print(f"{line} {ratio:>9} {rate / 1e9:>7.1f} {rate / ceiling:>10.0%}")
+            print(f"{line} {ratio:>9} {rate / 1e9:>7.1f} {gflops:>8} {reached:>10.0%}")
     if options.save:
         options.save.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

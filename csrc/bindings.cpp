@@ -5,6 +5,7 @@
 #include "common/operators.h"
 #include "common/read_bandwidth.h"
 #include "common/tensor_caster.h"
+#include "linear/multiply_rate.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -81,6 +82,12 @@ PYBIND11_MODULE(_C, m) {
         return kernels;
       });
 
+  m.def("linear_argmax", &pynar::linear_argmax, Release());
+  m.def("linear_argmax_workspace", &pynar::linear_argmax_workspace);
+  m.def("packed_linear", &pynar::packed_linear, Release());
+  m.def("interval_attention", &pynar::interval_attention, Release());
+  m.def("interval_attention_backward", &pynar::interval_attention_backward, Release());
+  m.def("interval_attention_backward_workspace", &pynar::interval_attention_backward_workspace);
   m.def("mask_predict_step", &pynar::mask_predict_step, Release());
   m.def("mask_predict_step_workspace", &pynar::mask_predict_step_workspace);
 
@@ -95,5 +102,6 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("set_simd_level", &pynar::set_isa);
   m.def("set_use_nvrtc", &pynar::set_use_nvrtc);
+  m.def("multiply_in_cache", &pynar::multiply_in_cache, Release());
   m.def("read_all", &pynar::read_all, Release());
 }

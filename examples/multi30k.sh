@@ -25,7 +25,10 @@ train cmlm "$out/data-distilled" "$out/cmlm"
 train nat "$out/data" "$out/nat-raw"
 train nat "$out/data-distilled" "$out/nat"
 
+# Candidates and prior of the length were chosen on the validation set.
+length=length_candidates=5,length_prior=0.5
 $pynar evaluate --source "$corpus/test_2016_flickr.de.gz" \
   --reference "$corpus/test_2016_flickr.en.gz" --json "$out/results.json" --model "$out/ar/best" \
-  "$out/cmlm/best:iterations=1" "$out/cmlm/best:iterations=4" "$out/cmlm/best:iterations=10" \
-  "$out/nat-raw/best" "$out/nat/best"
+  "$out/cmlm/best:iterations=1,$length" "$out/cmlm/best:iterations=4,$length" \
+  "$out/cmlm/best:iterations=10,$length" "$out/nat-raw/best:iterations=1,$length" \
+  "$out/nat/best:iterations=1,$length"

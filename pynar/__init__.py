@@ -17,14 +17,21 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
 
-def load(directory: str | os.PathLike[str], *, device: str = "cpu") -> Translator:
+def load(
+    directory: str | os.PathLike[str], *, device: str = "cpu", freeze: str | None = None
+) -> Translator:
     """Reads a trained model: `pynar.load("runs/cmlm/best").translate(["Guten Tag."])`.
+
+    `freeze` makes it fast: "fp32" (the same translations), "bf16" or "int8" (nearly the same);
+    on a GPU "fp32", "bf16" or "fp16".
 
     Raises:
         OSError: the directory is no checkpoint, or damaged; the message names the file.
+        ValueError: `freeze` is another, or not for this device.
     """
     from pynar.checkpoint import load_model
     from pynar.decoding import Translator
 
     model, tokenizer = load_model(directory, device=device)
-    return Translator(model, tokenizer)
+    translator = Translator(model, tokenizer)
+    return translator if freeze is None else translator.freeze(freeze)

@@ -11,7 +11,10 @@ from pynar import _backend
 
 __all__ = ["Report", "collect", "main"]
 
-_PACKAGES = ("torch", "numpy", "sentencepiece", "pyarrow", "lightning-fabric", "cupy-cuda13x")
+_PACKAGES = (
+    *("torch", "numpy", "sentencepiece", "pyarrow", "lightning-fabric"),
+    *("cupy-cuda13x", "ctranslate2"),
+)
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,13 @@ def _devices() -> dict[str, str]:
 def _operators() -> dict[str, dict[str, str]]:
     # Importing the operators registers them.
     import pynar.ops  # noqa: F401
-    from pynar.ops._operator import OPERATORS, implementation
+    from pynar.ops._operator import OPERATORS
 
     table: dict[str, dict[str, str]] = {}
     for name in sorted(OPERATORS):
         table[name] = {}
         for device in ("cpu", "cuda"):
-            chosen = implementation(device)
+            chosen = OPERATORS[name].implementation(device)
             text = chosen.name + (f": {chosen.reason}" if chosen.reason else "")
             table[name][device] = text
     return table

@@ -6,7 +6,8 @@
 
 namespace pynar {
 
-enum class Isa { kGeneric, kAvx2, kAvx512 };
+// kAvx512Vnni also has the dot products of bf16 pairs and of four bytes.
+enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Vnni };
 
 // The widest one that was compiled and that this processor and its system support, unless
 // set_isa() chose another.
@@ -33,11 +34,15 @@ void set_isa(const std::string& name);
   }                                       \
   namespace avx512 {                      \
   declaration;                            \
+  }                                       \
+  namespace avx512_vnni {                 \
+  declaration;                            \
   }
-#define PYNAR_SELECT_KERNEL(name)                         \
-  (::pynar::isa() == ::pynar::Isa::kAvx512 ? avx512::name \
-   : ::pynar::isa() == ::pynar::Isa::kAvx2 ? avx2::name   \
-                                           : generic::name)
+#define PYNAR_SELECT_KERNEL(name)                                  \
+  (::pynar::isa() == ::pynar::Isa::kAvx512Vnni ? avx512_vnni::name \
+   : ::pynar::isa() == ::pynar::Isa::kAvx512   ? avx512::name      \
+   : ::pynar::isa() == ::pynar::Isa::kAvx2     ? avx2::name        \
+                                               : generic::name)
 #else
 #define PYNAR_DECLARE_KERNEL(declaration) \
   namespace generic {                     \

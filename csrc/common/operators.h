@@ -58,11 +58,20 @@ struct LaunchPlan {
     static_assert(sizeof(Params) % 8 == 0 && alignof(Params) == 8);
   }
 
+  // Adds the kernel pynar::name<threads>.
+  void add(const std::string& name, int64_t threads, int64_t blocks) {
+    kernels.push_back({"pynar::" + name + "<" + std::to_string(threads) + ">", blocks, threads});
+  }
+  // Adds the kernel pynar::name<T, number>.
+  template <typename T>
+  void add(const std::string& name, int64_t number, int64_t threads, int64_t blocks) {
+    const std::string arguments = std::string(kTypeName<T>) + ", " + std::to_string(number);
+    kernels.push_back({"pynar::" + name + "<" + arguments + ">", blocks, threads});
+  }
   // Adds the kernel pynar::name<T, threads>.
   template <typename T>
   void add(const std::string& name, int64_t threads, int64_t blocks) {
-    const std::string arguments = std::string(kTypeName<T>) + ", " + std::to_string(threads);
-    kernels.push_back({"pynar::" + name + "<" + arguments + ">", blocks, threads});
+    add<T>(name, threads, threads, blocks);
   }
 };
 
@@ -79,5 +88,29 @@ std::optional<LaunchPlan> mask_predict_step(const Tensor& logits, const Tensor& 
                                             const Tensor& num_masked, const Tensor& new_tokens,
                                             const Tensor& new_scores,
                                             const std::optional<Tensor>& workspace);
+void packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales,
+                   const std::optional<Tensor>& column_sums, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& residual, const std::optional<Tensor>& norm_weight,
+                   const std::optional<Tensor>& norm_bias, int64_t activation, double input_eps,
+                   double output_eps, const Tensor& y);
+int64_t linear_argmax_workspace(int64_t rows, int64_t columns, int64_t k);
+std::optional<LaunchPlan> linear_argmax(const Tensor& x, const Tensor& weight,
+                                        const std::optional<Tensor>& scales,
+                                        const std::optional<Tensor>& column_sums,
+                                        const std::optional<Tensor>& bias, int64_t columns,
+                                        int64_t k, const Tensor& tokens, const Tensor& log_probs,
+                                        const Tensor& lse, const std::optional<Tensor>& workspace);
+std::optional<LaunchPlan> interval_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Tensor& intervals, double scale,
+                                             const Tensor& out, const Tensor& lse);
+int64_t interval_attention_backward_workspace(int64_t batch, int64_t heads, int64_t queries,
+                                              int64_t element_size);
+std::optional<LaunchPlan> interval_attention_backward(const Tensor& grad_out, const Tensor& q,
+                                                      const Tensor& k, const Tensor& v,
+                                                      const Tensor& intervals, const Tensor& out,
+                                                      const Tensor& lse, double scale,
+                                                      const Tensor& grad_q, const Tensor& grad_k,
+                                                      const Tensor& grad_v,
+                                                      const std::optional<Tensor>& workspace);
 
 }  // namespace pynar

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <memory>
+#include <new>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -11,13 +13,21 @@
 
 namespace pynar {
 
+inline int64_t max_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 // Calls body(first, last) on disjoint ranges that cover [0, n), each at least `grain` long where
 // possible. Which thread takes what never changes a result: a row is the work of one thread.
 template <typename Body>
 void parallel_for(int64_t n, int64_t grain, const Body& body) {
   if (n <= 0) return;
 #ifdef _OPENMP
-  const int64_t wanted = std::min<int64_t>(omp_get_max_threads(), (n + grain - 1) / grain);
+  const int64_t wanted = std::min<int64_t>(max_threads(), (n + grain - 1) / grain);
   if (wanted > 1 && !omp_in_parallel()) {
     std::exception_ptr error;
 #pragma omp parallel num_threads(static_cast<int>(wanted))
@@ -39,5 +49,64 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
 #endif
   body(int64_t{0}, n);
 }
+
+// One thread's share of a parallel phase.
+struct Part {
+  int64_t index;
+  int64_t count;
+
+  struct Range {
+    int64_t first, last;
+  };
+  Range of(int64_t n) const { return {n * index / count, n * (index + 1) / count}; }
+};
+
+// Runs phases one after another on at most `tasks` threads; a phase begins when all threads have
+// ended the one before. Phases must not throw.
+template <typename... Phases>
+void parallel_phases(int64_t tasks, const Phases&... phases) {
+#ifdef _OPENMP
+  const int64_t wanted = std::min<int64_t>(max_threads(), tasks);
+  if (wanted > 1 && !omp_in_parallel()) {
+#pragma omp parallel num_threads(static_cast<int>(wanted))
+    {
+      const Part part{omp_get_thread_num(), omp_get_num_threads()};
+      const auto run = [&](const auto& phase) {
+        phase(part);
+#pragma omp barrier
+      };
+      (run(phases), ...);
+    }
+    return;
+  }
+#else
+  (void)tasks;
+#endif
+  (phases(Part{0, 1}), ...);
+}
+
+// Memory that a thread keeps from call to call, at multiples of 64 bytes and with whatever was in
+// it.
+class Scratch {
+ public:
+  template <typename T>
+  T* get(int64_t count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+    if (bytes > bytes_) {
+      data_.reset();
+      data_.reset(static_cast<char*>(::operator new(bytes, kAlignment)));
+      bytes_ = bytes;
+    }
+    return reinterpret_cast<T*>(data_.get());
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(char* p) const { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<char, Free> data_;
+  size_t bytes_ = 0;
+};
 
 }  // namespace pynar

@@ -52,6 +52,16 @@ PYNAR_HOST_DEVICE inline float float_from_bits(uint32_t bits) {
 #endif
 }
 
+PYNAR_HOST_DEVICE inline uint32_t bits_from_float(float x) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+#endif
+}
+
 PYNAR_HOST_DEVICE inline float to_accumulation(float x) {
   return x;
 }
@@ -78,6 +88,43 @@ PYNAR_HOST_DEVICE inline float to_accumulation(Half x) {
   memcpy(&bits, &scaled, sizeof(bits));
   if ((x.bits & 0x7c00) == 0x7c00) bits = magnitude | 0x7f800000;
   return float_from_bits(bits | sign);
+#endif
+}
+
+// The nearest value of a storage type, ties to even: from_accumulation<T>(x).
+template <typename T>
+PYNAR_HOST_DEVICE inline T from_accumulation(accumulation_t<T> x) {
+  return x;
+}
+
+template <>
+PYNAR_HOST_DEVICE inline BFloat16 from_accumulation<BFloat16>(float x) {
+  const uint32_t bits = bits_from_float(x);
+  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+template <>
+PYNAR_HOST_DEVICE inline Half from_accumulation<Half>(float x) {
+#if defined(__CUDA_ARCH__)
+  Half value;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(value.bits) : "f"(x));
+  return value;
+#else
+  const uint32_t bits = bits_from_float(x);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // 65520, from where on the nearest is infinity
+    half = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // 2^-14: a step of 1/2's is that of a subnormal result
+    half = bits_from_float(float_from_bits(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | half)};
 #endif
 }
 

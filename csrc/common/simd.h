@@ -62,6 +62,24 @@ struct Simd {
     for (int i = 0; i < kLanes; ++i) v.lane[i] = to_accumulation(p[i]);
     return v;
   }
+  template <typename Storage>
+  void store(Storage* p) const {
+    for (int i = 0; i < kLanes; ++i) p[i] = from_accumulation<Storage>(lane[i]);
+  }
+};
+
+// Reads 16 bytes of each of kLanes rows, that is kCount neighbouring elements, as one vector for
+// each element.
+template <typename T, typename Storage>
+struct Columns {
+  static constexpr int kCount = 16 / sizeof(Storage);
+  static void load(const Storage* const* rows, int64_t offset, Simd<T> (&out)[kCount]) {
+    for (int c = 0; c < kCount; ++c) {
+      for (int i = 0; i < Simd<T>::kLanes; ++i) {
+        out[c].lane[i] = to_accumulation(rows[i][offset + c]);
+      }
+    }
+  }
 };
 
 template <typename T>
@@ -121,7 +139,14 @@ inline void load_unordered(const Storage* p, Simd<T> (&out)[kCount]) {
 
 template <typename T>
 inline Simd<T> multiply_add(Simd<T> a, Simd<T> b, Simd<T> c) {
+#if defined(__FMA__)
+  // Left to itself the compiler rounds the product in some places and not in others.
+  for (int i = 0; i < Simd<T>::kLanes; ++i) {
+    a.lane[i] = static_cast<T>(__builtin_fma(a.lane[i], b.lane[i], c.lane[i]));
+  }
+#else
   for (int i = 0; i < Simd<T>::kLanes; ++i) a.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+#endif
   return a;
 }
 
@@ -153,6 +178,20 @@ struct Simd<float> {
   }
   static Simd load(const Half* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store(BFloat16* p) const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 undefined = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, undefined, bits, _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
+  void store(Half* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 };
 
@@ -213,6 +252,69 @@ inline void load_unordered(const BFloat16* p, Simd<float> (&out)[kCount]) {
   }
 }
 
+// Element i of unit u of 16 bytes of each row: four 4x4 transpositions side by side, of rows i,
+// i + 4, i + 8 and i + 12.
+inline void load_units(const void* const* rows, int64_t offset, __m512 (&out)[4]) {
+  __m512 t[4];
+  for (int i = 0; i < 4; ++i) {
+    const auto unit = [&](int row) {
+      return _mm_loadu_ps(
+          reinterpret_cast<const float*>(static_cast<const char*>(rows[row]) + offset));
+    };
+    t[i] = _mm512_castps128_ps512(unit(i));
+    t[i] = _mm512_insertf32x4(t[i], unit(i + 4), 1);
+    t[i] = _mm512_insertf32x4(t[i], unit(i + 8), 2);
+    t[i] = _mm512_insertf32x4(t[i], unit(i + 12), 3);
+  }
+  const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(t[0], t[1]));
+  const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(t[2], t[3]));
+  const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(t[0], t[1]));
+  const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(t[2], t[3]));
+  out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+  out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+  out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+  out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+}
+
+template <>
+struct Columns<float, float> {
+  static constexpr int kCount = 4;
+  static void load(const float* const* rows, int64_t offset, Simd<float> (&out)[kCount]) {
+    __m512 units[4];
+    load_units(reinterpret_cast<const void* const*>(rows), offset * 4, units);
+    for (int u = 0; u < 4; ++u) out[u] = {units[u]};
+  }
+};
+
+template <>
+struct Columns<float, BFloat16> {
+  static constexpr int kCount = 8;
+  static void load(const BFloat16* const* rows, int64_t offset, Simd<float> (&out)[kCount]) {
+    __m512 units[4];
+    load_units(reinterpret_cast<const void* const*>(rows), offset * 2, units);
+    for (int u = 0; u < 4; ++u) {
+      const __m512i pair = _mm512_castps_si512(units[u]);
+      out[2 * u] = {_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16))};
+      out[2 * u + 1] = {_mm512_castsi512_ps(
+          _mm512_and_si512(pair, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+    }
+  }
+};
+
+template <>
+struct Columns<float, Half> {
+  static constexpr int kCount = 8;
+  static void load(const Half* const* rows, int64_t offset, Simd<float> (&out)[kCount]) {
+    __m512 units[4];
+    load_units(reinterpret_cast<const void* const*>(rows), offset * 2, units);
+    for (int u = 0; u < 4; ++u) {
+      const __m512i pair = _mm512_castps_si512(units[u]);
+      out[2 * u] = {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(pair))};
+      out[2 * u + 1] = {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pair, 16)))};
+    }
+  }
+};
+
 #elif defined(__AVX2__)
 
 template <>
@@ -228,6 +330,24 @@ struct Simd<float> {
   }
   static Simd load(const Half* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store(BFloat16* p) const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i undefined = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, undefined), 16);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(rounded));
+  }
+  void store(Half* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  // Eight integers below 2^16 in 16 bits each.
+  static __m128i narrow(__m256i x) {
+    return _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
   }
 };
 
@@ -296,6 +416,67 @@ inline void load_unordered(const BFloat16* p, Simd<float> (&out)[kCount]) {
         _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
 }
+
+// Element i of unit u of 16 bytes of each row: two 4x4 transpositions side by side, of rows i and
+// i + 4.
+inline void load_units(const void* const* rows, int64_t offset, __m256 (&out)[4]) {
+  __m256 t[4];
+  for (int i = 0; i < 4; ++i) {
+    const auto unit = [&](int row) {
+      return _mm_loadu_ps(
+          reinterpret_cast<const float*>(static_cast<const char*>(rows[row]) + offset));
+    };
+    t[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(unit(i)), unit(i + 4), 1);
+  }
+  const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(t[0], t[1]));
+  const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(t[2], t[3]));
+  const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(t[0], t[1]));
+  const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(t[2], t[3]));
+  out[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23));
+  out[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23));
+  out[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23));
+  out[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23));
+}
+
+template <>
+struct Columns<float, float> {
+  static constexpr int kCount = 4;
+  static void load(const float* const* rows, int64_t offset, Simd<float> (&out)[kCount]) {
+    __m256 units[4];
+    load_units(reinterpret_cast<const void* const*>(rows), offset * 4, units);
+    for (int u = 0; u < 4; ++u) out[u] = {units[u]};
+  }
+};
+
+template <>
+struct Columns<float, BFloat16> {
+  static constexpr int kCount = 8;
+  static void load(const BFloat16* const* rows, int64_t offset, Simd<float> (&out)[kCount]) {
+    __m256 units[4];
+    load_units(reinterpret_cast<const void* const*>(rows), offset * 2, units);
+    for (int u = 0; u < 4; ++u) {
+      const __m256i pair = _mm256_castps_si256(units[u]);
+      out[2 * u] = {_mm256_castsi256_ps(_mm256_slli_epi32(pair, 16))};
+      out[2 * u + 1] = {_mm256_castsi256_ps(
+          _mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xffff0000u))))};
+    }
+  }
+};
+
+template <>
+struct Columns<float, Half> {
+  static constexpr int kCount = 8;
+  static void load(const Half* const* rows, int64_t offset, Simd<float> (&out)[kCount]) {
+    __m256 units[4];
+    load_units(reinterpret_cast<const void* const*>(rows), offset * 2, units);
+    for (int u = 0; u < 4; ++u) {
+      const __m256i pair = _mm256_castps_si256(units[u]);
+      const __m256i low = _mm256_and_si256(pair, _mm256_set1_epi32(0xffff));
+      out[2 * u] = {_mm256_cvtph_ps(Simd<float>::narrow(low))};
+      out[2 * u + 1] = {_mm256_cvtph_ps(Simd<float>::narrow(_mm256_srli_epi32(pair, 16)))};
+    }
+  }
+};
 
 #else
 

@@ -16,6 +16,7 @@ constexpr DataType kFloat16{dlpack::kFloat, 16, 1};
 constexpr DataType kBFloat16{dlpack::kBfloat, 16, 1};
 constexpr DataType kFloat32{dlpack::kFloat, 32, 1};
 constexpr DataType kFloat64{dlpack::kFloat, 64, 1};
+constexpr DataType kInt8{dlpack::kInt, 8, 1};
 constexpr DataType kInt32{dlpack::kInt, 32, 1};
 constexpr DataType kInt64{dlpack::kInt, 64, 1};
 constexpr DataType kUInt8{dlpack::kUInt, 8, 1};

@@ -2,6 +2,7 @@
 // anything else that has `__dlpack__` (NumPy, CuPy) through its capsule.
 #pragma once
 
+#include <optional>
 #include <pybind11/pybind11.h>
 
 #include "common/tensor.h"
@@ -117,6 +118,23 @@ struct type_caster<pynar::Tensor> {
   static constexpr int kMaxDims = 8;
   object capsule_;
   int64_t strides_[kMaxDims];
+};
+
+// pybind11's caster of an optional drops the inner one, and with it the capsule that a view points
+// into, before the call; this one keeps it.
+template <>
+struct type_caster<std::optional<pynar::Tensor>> {
+  PYBIND11_TYPE_CASTER(std::optional<pynar::Tensor>, const_name("Tensor | None"));
+
+  bool load(handle source, bool convert) {
+    if (source.is_none()) return true;
+    if (!tensor_.load(source, convert)) return false;
+    value = cast_op<pynar::Tensor&>(tensor_);
+    return true;
+  }
+
+ private:
+  make_caster<pynar::Tensor> tensor_;
 };
 
 }  // namespace pybind11::detail

@@ -15,6 +15,8 @@ _COMMANDS = {
     "distill": "replace a corpus' targets by a teacher's translations",
     "translate": "translate text",
     "evaluate": "score translations, and measure models",
+    "bench": "benchmarks: how fast systems are, and how good",
+    "export": "write an autoregressive model for CTranslate2",
     "average": "average the weights of checkpoints",
     "quickstart": "train, distil and compare models on a small generated corpus",
     "info": "show versions, devices and which implementation runs where",
@@ -24,8 +26,8 @@ _COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status.
 
-    What a user can mend (a wrong argument, a missing file, bad data) is one line on standard
-    error and status 2, without a traceback; `PYNAR_TRACEBACK=1` shows one.
+    What a user can mend (a wrong argument, a missing file or package, bad data) is one line on
+    standard error and status 2, without a traceback; `PYNAR_TRACEBACK=1` shows one.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pynar: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("PYNAR_TRACEBACK"):
             raise
         print(f"pynar {options.command}: {error}", file=sys.stderr)

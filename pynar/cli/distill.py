@@ -8,23 +8,22 @@ import os
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-import pynar
-from pynar.cli.decoding import add_decoding_arguments, chosen_strategy
+from pynar.cli.decoding import add_decoding_arguments, add_engine_arguments, load_engine
 from pynar.distill import distill
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--teacher", required=True, help="checkpoint")
+    parser.add_argument("--teacher", required=True, help="checkpoint or exported model")
     parser.add_argument("--data", required=True, help="directory written by `pynar prepare`")
     parser.add_argument("--output", required=True, help="directory of the distilled corpus")
     parser.add_argument("--shard-size", type=int, default=2000, help="pairs between two savings")
     parser.add_argument("--max-tokens", type=int, default=2048, help="source tokens a batch")
-    parser.add_argument("--device", default="cpu")
+    add_engine_arguments(parser, default="auto")
     add_decoding_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    teacher = pynar.load(options.teacher, device=options.device)
+    teacher, strategy = load_engine(options, options.teacher)
     with Progress(
         *Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)
     ) as bars:
@@ -33,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
             teacher,
             options.data,
             options.output,
-            chosen_strategy(options, teacher),
+            strategy,
             shard_size=options.shard_size,
             max_tokens=options.max_tokens,
             # Set by torchrun, where several processes share the work.

@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 import pynar
+from pynar.cli.decoding import add_freeze_argument, frozen, parse_model
 from pynar.data import read_lines
 from pynar.decoding import Strategy, Translator, strategy
 from pynar.evaluation import compare, evaluate, machine, measure_speed
+from pynar.evaluation.benchmark.systems import describe
 from pynar.evaluation.metrics import Quality
 
 
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latency-sentences", type=int, default=100)
     parser.add_argument("--bootstrap", type=int, default=1000, help="samples; 0 leaves it out")
     parser.add_argument("--device", default="cpu")
+    add_freeze_argument(parser)
     parser.add_argument("--json", help="file to write the results to")
 
 
@@ -48,7 +51,11 @@ def run(options: argparse.Namespace) -> None:
     rows = [{"system": name, **_scores(evaluate(lines, references))} for name, lines in systems]
     if options.model:
         source = read_lines(options.source)
-        models = [model for text in options.model for model in _models(text, options.device)]
+        models = [
+            model
+            for text in options.model
+            for model in _models(text, options.device, frozen(options))
+        ]
         if all("beam" not in translator.model.strategies for _, translator, _ in models):
             print("note: no autoregressive model among them; a speed-up needs one beside it")
         print(f"timing {len(models)} systems: {machine(options.device)}")
@@ -70,38 +77,19 @@ def run(options: argparse.Namespace) -> None:
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _models(text: str, device: str) -> list[tuple[str, Translator, Strategy]]:
+def _models(text: str, device: str, freeze: str | None) -> list[tuple[str, Translator, Strategy]]:
     """The systems of one `--model`: the strategy asked for, or what the family is compared by."""
-    directory, _, changes = text.partition(":")
-    options = {}
-    for change in filter(None, changes.split(",")):
-        key, equals, value = change.partition("=")
-        if not equals:
-            raise ValueError(f"--model: expected OPTION=VALUE after the colon, got {change!r}")
-        options[key] = json.loads(value) if value[:1] in "-0123456789tf[" else value
-    translator = pynar.load(directory, device=device)
+    directory, options = parse_model(text)
+    translator = pynar.load(directory, device=device, freeze=freeze)
     name = options.pop("strategy", None)
     if name is None and not options and "beam" in translator.model.strategies:
         names: Sequence[str | None] = ("greedy", "beam")
     else:
         names = (name,)
     return [
-        (f"{directory} {_label(chosen)}", translator, chosen)
+        (f"{directory} {describe(chosen)}", translator, chosen)
         for chosen in (strategy(translator.model, name, options) for name in names)
     ]
-
-
-def _label(chosen: Strategy) -> str:
-    """The strategy's name and its options other than the defaults, as one would write them."""
-    plain = type(chosen)()
-    fields = dataclasses.fields(chosen)  # type: ignore[arg-type]
-    changed = [
-        f"{field.name}={getattr(chosen, field.name)}"
-        for field in fields
-        if getattr(chosen, field.name) != getattr(plain, field.name)
-        or field.name in ("beam", "iterations")
-    ]
-    return f"{type(chosen).__name__}({', '.join(changed)})"
 
 
 def _scores(quality: Quality) -> dict[str, object]:

@@ -1,15 +1,19 @@
-"""Plots of quality against latency."""
+"""Plots of quality against latency, and of latency against length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pynar.cli.quickstart import Row
 
-__all__ = ["plot_quality_latency"]
+__all__ = ["plot_decode_quality", "plot_latency_length", "plot_quality_latency"]
+
+
+# Points by number of threads and label: x, y, and what to write beside them.
+Curves = dict[int, dict[str, list[tuple[Any, Any, str]]]]
 
 
 def plot_quality_latency(path: Path, rows: Sequence[Row], where: str) -> None:
@@ -45,3 +49,88 @@ def plot_quality_latency(path: Path, rows: Sequence[Row], where: str) -> None:
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def plot_decode_quality(path: Path, result: dict[str, Any]) -> Path | None:
+    """Draws BLEU over latency at batch 1, a panel a number of threads, a line a model and engine.
+
+    Text to text. Returns None, and draws nothing, where there is no quality to show.
+    """
+    rows = [
+        row
+        for row in result["rows"]
+        if row["kind"] == "text" and row["batch"] == 1 and row["quality"] and not row["failure"]
+    ]
+    curves: Curves = {}
+    for row in rows:
+        label = f"{row['model']}, {row['engine']}"
+        name = row["system"].removeprefix(row["model"]).strip()
+        point = (row["ms"]["p50"], row["quality"]["bleu"], name)
+        curves.setdefault(row["threads"], {}).setdefault(label, []).append(point)
+    labels = ("milliseconds a sentence, batch 1, text to text (median)", "BLEU")
+    return _plot_panels(path, curves, labels)
+
+
+def plot_latency_length(path: Path, result: dict[str, Any]) -> Path | None:
+    """Draws latency at batch 1 over length, a panel a number of threads, a line a system."""
+    curves: Curves = {}
+    for row in result["rows"]:
+        if row["kind"] == "length" and row["batch"] == 1 and not row["failure"]:
+            label = f"{row['system']}, {row['engine']}"
+            point = (row["length"], row["ms"]["p50"], "")
+            curves.setdefault(row["threads"], {}).setdefault(label, []).append(point)
+    labels = ("sub-words, in and out", "milliseconds a sentence, batch 1, model only (median)")
+    return _plot_panels(path, curves, labels)
+
+
+def _plot_panels(path: Path, curves: Curves, labels: tuple[str, str]) -> Path | None:
+    """Draws points `(x, y, name)`; of x and y, those that are intervals get error bars."""
+    if not curves:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
+
+    size = (7 * len(curves), 5.5)
+    figure, panels = plt.subplots(1, len(curves), figsize=size, layout="constrained", squeeze=False)
+    for axes, (threads, lines) in zip(panels[0], curves.items(), strict=True):
+        for label, points in lines.items():
+            sides = [[_bar(point[side]) for point in sorted(points, key=_first)] for side in (0, 1)]
+            (xs, x_bars), (ys, y_bars) = (list(zip(*side, strict=True)) for side in sides)
+            bars = {
+                name: list(zip(*ends, strict=True))
+                for name, ends in (("xerr", x_bars), ("yerr", y_bars))
+                if any(map(any, ends))
+            }
+            axes.errorbar(xs, ys, marker="o", markersize=4, label=label, **bars)
+            for x, y, point in zip(xs, ys, sorted(points, key=_first), strict=True):
+                where = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 6}
+                axes.annotate(point[2], (x, y), **where)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(ScalarFormatter())
+        axes.tick_params(axis="x", which="both", labelsize=7)
+        if any(isinstance(point[1], dict) for points in lines.values() for point in points):
+            axes.set_yscale("log")
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        axes.set_title(f"{threads} thread{'s' if threads > 1 else ''}", fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _first(point: tuple) -> float:
+    return _bar(point[0])[0]
+
+
+def _bar(value: Any) -> tuple[float, tuple[float, float]]:
+    """A number or an interval as a place and the lengths of its error bars."""
+    if not isinstance(value, dict):
+        return value, (0.0, 0.0)
+    middle = value["value"]
+    return middle, (max(0.0, middle - value["low"]), max(0.0, value["high"] - middle))

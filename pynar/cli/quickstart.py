@@ -192,13 +192,16 @@ def _run_process(name: str, command: list[str], *, threads: int) -> None:
 
 def _systems(output: Path) -> list[tuple[str, str, Translator, Strategy]]:
     """(system, data, model, strategy) of every row of the table."""
-    teacher = pynar.load(output / "teacher" / "best")
+    teacher = pynar.load(output / "teacher" / "best", freeze="fp32")
     systems: list[tuple[str, str, Translator, Strategy]] = [
         ("AR greedy", "raw", teacher, Greedy()),
         ("AR beam 5", "raw", teacher, BeamSearch(beam=5)),
     ]
     for kind in ("raw", "distilled"):
-        nat, cmlm = (pynar.load(output / f"{name}-{kind}" / "best") for name in ("nat", "cmlm"))
+        nat, cmlm = (
+            pynar.load(output / f"{name}-{kind}" / "best", freeze="fp32")
+            for name in ("nat", "cmlm")
+        )
         systems.append(("vanilla NAT", kind, nat, _parallel(1)))
         systems += [(f"CMLM {n}", kind, cmlm, _parallel(n)) for n in (1, 4, 10)]
     return systems
@@ -276,7 +279,7 @@ def _print_table(console: Console, rows: Sequence[Row]) -> None:
 
 def _print_passes(output: Path, test: Sequence[Example]) -> None:
     """Shows what each pass of mask-predict fixed, where it fixed something."""
-    student = pynar.load(output / "cmlm-distilled" / "best")
+    student = pynar.load(output / "cmlm-distilled" / "best", freeze="fp32")
     strategy = _parallel(4, trace=True)
     results = student.decode([example.source for example in test[:100]], strategy)
     changing = [

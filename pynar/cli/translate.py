@@ -10,14 +10,13 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-import pynar
-from pynar.cli.decoding import add_decoding_arguments, chosen_strategy
+from pynar.cli.decoding import add_decoding_arguments, add_engine_arguments, load_engine
 from pynar.data import read_lines
 from pynar.decoding import Translation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="checkpoint")
+    parser.add_argument("model", help="checkpoint or exported model")
     parser.add_argument("--input", help="file, plain or gzipped; standard input if not given")
     parser.add_argument("--output", help="file; standard output if not given")
     parser.add_argument("--max-tokens", type=int, default=4096, help="source tokens a batch")
@@ -28,13 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scores", action="store_true", help="n best a line: number, score and text by tabs"
     )
-    parser.add_argument("--device", default="cpu")
+    add_engine_arguments(parser, default="pynar")
     add_decoding_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    translator = pynar.load(options.model, device=options.device)
-    strategy = chosen_strategy(options, translator)
+    translator, strategy = load_engine(options, options.model)
     lines = read_lines(sys.stdin.buffer if options.input is None else options.input)
     start = time.perf_counter()
     results = translator.decode(

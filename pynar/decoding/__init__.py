@@ -3,12 +3,19 @@
 from pynar.decoding.autoregressive import BeamSearch, Greedy, Sampling
 from pynar.decoding.hypotheses import Hypotheses
 from pynar.decoding.mask_predict import MaskPredict
-from pynar.decoding.translator import Strategy, Translation, Translator, strategy
+from pynar.decoding.translator import (
+    LineTranslator,
+    Strategy,
+    Translation,
+    Translator,
+    strategy,
+)
 
 __all__ = [
     "BeamSearch",
     "Greedy",
     "Hypotheses",
+    "LineTranslator",
     "MaskPredict",
     "Sampling",
     "Strategy",

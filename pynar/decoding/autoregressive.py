@@ -16,7 +16,7 @@ from pynar.symbols import BOS, EOS, PAD
 
 __all__ = ["BeamSearch", "Greedy", "Sampling", "length_limits"]
 
-Choose = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor]]
+Choose = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def _positive(owner: str, **options: float) -> None:
@@ -46,14 +46,17 @@ class Greedy:
     """The most probable token at every step; finished sentences leave the batch.
 
     A source of S tokens (EOS counted) gives at most `max_ratio` * S + `max_extra` tokens, the last
-    of which is the EOS, at its own price.
+    of which is the EOS, at its own price, and at least `min_length` before it where the limit
+    lets them.
     """
 
     max_ratio: float = 2.0
     max_extra: int = 10
+    min_length: int = 0
 
     def __post_init__(self) -> None:
         _not_negative("Greedy", max_ratio=self.max_ratio, max_extra=self.max_extra)
+        _not_negative("Greedy", min_length=self.min_length)
 
     @torch.inference_mode()
     def decode(
@@ -65,12 +68,22 @@ class Greedy:
         indices: Tensor | None = None,
     ) -> Hypotheses:
         """Decodes `source: [B, S]`; the score is the log-probability divided by the length."""
+
+        def choose(states: Tensor, step: int, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            best = model.best(states)
+            if step >= self.min_length or not (best[0] == EOS).any():
+                return best
+            # Who would end too early goes on with the second choice.
+            tokens, log_probs, lse = model.best(states, 2)
+            place = (tokens[:, :1] == EOS).long()
+            return tokens.gather(1, place)[:, 0], log_probs.gather(1, place)[:, 0], lse
+
         return _extend(
             model,
             source,
             length_limits(source_lengths, self.max_ratio, self.max_extra, model.longest),
             model.encode(source, source_lengths),
-            lambda log_probs, step, live: log_probs.max(-1)[::-1],
+            choose,
         )
 
 
@@ -115,7 +128,10 @@ class Sampling:
             np.random.default_rng((self.seed, *place)).random(out=row)
         uniform = torch.from_numpy(numbers).to(source.device)
 
-        def draw(log_probs: Tensor, step: int, live: Tensor) -> tuple[Tensor, Tensor]:
+        def draw(states: Tensor, step: int, live: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits = model.logits(states).float() + model.exclusion
+            lse = logits.logsumexp(-1)
+            log_probs = logits - lse[:, None]
             scaled = log_probs / self.temperature
             if self.top_k:
                 scaled, kept = scaled.topk(min(self.top_k, scaled.shape[-1]), -1)
@@ -124,7 +140,7 @@ class Sampling:
             choice = torch.searchsorted(cumulative, point, right=True)
             choice = choice.clamp(max=cumulative.shape[-1] - 1)
             token = kept.gather(1, choice) if self.top_k else choice
-            return token[:, 0], log_probs.gather(1, token)[:, 0]
+            return token[:, 0], log_probs.gather(1, token)[:, 0], lse
 
         memory = model.encode(source, source_lengths)
         rows = torch.arange(sentences, device=source.device).repeat_interleave(n)
@@ -143,9 +159,13 @@ class Sampling:
 
 
 def _extend(
-    model: AutoregressiveTransformer, source: Tensor, limits: Tensor, memory: Memory, choose: Choose
+    model: AutoregressiveTransformer,
+    source: Tensor,
+    limits: Tensor,
+    memory: Memory,
+    choose: Choose,
 ) -> Hypotheses:
-    """Extends one prefix a row by `choose(log_probs, step, live rows) -> token, log_prob`."""
+    """Extends one prefix a row by `choose(states, step, live rows) -> token, log_prob, lse`."""
     rows = len(limits)
     live = torch.arange(rows, device=source.device)
     tokens = source.new_full((rows, int(limits.max()) if rows else 0), PAD)
@@ -154,12 +174,13 @@ def _extend(
     cache = model.decoder.cache(rows, memory.states)
     last = source.new_full((rows,), BOS)
     for step in range(tokens.shape[1]):
-        log_probs = model.step(last, memory, cache)
+        states = model.step(last, memory, cache)
         at_limit = step + 1 >= limits[live]
-        last, gained = choose(log_probs, step, live)
-        # The last allowed token is the end of the sentence, at its own price.
-        last = torch.where(at_limit, EOS, last)
-        gained = torch.where(at_limit, log_probs[:, EOS], gained)
+        last, gained, lse = choose(states, step, live)
+        if at_limit.any():
+            # The last allowed token is the end of the sentence, at its own price.
+            last = torch.where(at_limit, EOS, last)
+            gained = torch.where(at_limit, model.log_prob(states, last, lse), gained)
         tokens[live, step] = last
         scores[live] += gained
         lengths[live] = step + 1
@@ -185,8 +206,8 @@ class BeamSearch:
 
     |y| counts the EOS. A sentence is finished when `beam` hypotheses have ended (`early_stop`), or
     when no live hypothesis can still beat the worst of them; finished sentences leave the batch.
-    Lengths are limited as in `Greedy`. Where a sentence has fewer hypotheses than `n_best`, the
-    missing ones are empty and score -inf.
+    Lengths are limited as in `Greedy`, on both sides. Where a sentence has fewer hypotheses than
+    `n_best`, the missing ones are empty and score -inf.
     """
 
     beam: int = 5
@@ -195,10 +216,12 @@ class BeamSearch:
     early_stop: bool = True
     max_ratio: float = 2.0
     max_extra: int = 10
+    min_length: int = 0
 
     def __post_init__(self) -> None:
         _positive("BeamSearch", beam=self.beam, n_best=self.n_best)
         _not_negative("BeamSearch", max_ratio=self.max_ratio, max_extra=self.max_extra)
+        _not_negative("BeamSearch", min_length=self.min_length)
         if self.n_best > self.beam:
             raise ValueError(
                 f"BeamSearch: `n_best` must be at most `beam` ({self.beam}), got {self.n_best}"
@@ -231,19 +254,24 @@ class BeamSearch:
         totals = torch.full((sentences, beam), -torch.inf, device=device)
         totals[:, 0] = 0.0
         last = source.new_full((sentences * beam,), BOS)
+        # No more of one hypothesis' extensions can be among the best 2 * beam of all.
+        k = min(2 * beam, model.config.target_vocabulary)
         for step in range(longest):
             if not len(live):
                 break
-            log_probs = model.step(last, memory, cache).view(len(live), beam, -1)
-            vocabulary = log_probs.shape[-1]
+            states = model.step(last, memory, cache)
+            tokens, log_probs, lse = model.best(states, k)
             at_limit = step + 1 >= limits[live]
+            if step < self.min_length:
+                log_probs = log_probs.masked_fill(tokens == EOS, -torch.inf)
             if at_limit.any():
-                only_end = torch.full_like(log_probs, -torch.inf)
-                only_end[..., EOS] = log_probs[..., EOS]
-                log_probs = torch.where(at_limit[:, None, None], only_end, log_probs)
+                tokens, log_probs = _only_end(
+                    model, states, tokens, log_probs, lse, at_limit.repeat_interleave(beam)
+                )
             # At most `beam` of the best 2 * beam extensions end, so `beam` go on.
-            score, flat = (totals[..., None] + log_probs).flatten(1).topk(2 * beam, -1)
-            parent, token = flat // vocabulary, flat % vocabulary
+            extended = totals[..., None] + log_probs.view(len(live), beam, k)
+            score, flat = extended.flatten(1).topk(2 * beam, -1)
+            parent, token = flat // k, tokens.view(len(live), -1).gather(1, flat)
             ends = token == EOS
 
             ended = torch.where(ends, score / (step + 1) ** self.length_penalty, -torch.inf)
@@ -289,6 +317,22 @@ class BeamSearch:
         best = totals[:, 0]
         longest = limits.to(best.dtype) if self.length_penalty > 0 else step + 2
         return ended[:, -1] >= best / longest**self.length_penalty
+
+
+def _only_end(
+    model: AutoregressiveTransformer,
+    states: Tensor,
+    tokens: Tensor,
+    log_probs: Tensor,
+    lse: Tensor,
+    where: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Leaves the rows of `where: [N]` the end of the sentence as their one extension."""
+    end = torch.full_like(lse, EOS, dtype=torch.long)
+    alone = torch.full_like(log_probs, -torch.inf)
+    alone[:, 0] = model.log_prob(states, end, lse)
+    tokens = torch.where(where[:, None], EOS, tokens)
+    return tokens, torch.where(where[:, None], alone, log_probs)
 
 
 def _expand(index: Tensor, width: int) -> Tensor:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pynar.decoding.autoregressive import length_limits
+from pynar.decoding.graphs import MOST_POSITIONS, graphs_of, row_bucket, width_bucket
 from pynar.decoding.hypotheses import Hypotheses
 from pynar.models.cmlm import CMLM
 from pynar.nn.attention import padding_mask
+from pynar.nn.transformer import Memory
 from pynar.ops import mask_predict_step
-from pynar.symbols import MASK, PAD
+from pynar.symbols import MASK, NUM_SPECIAL, PAD
 
 __all__ = ["MaskPredict"]
 
@@ -21,11 +24,17 @@ class MaskPredict:
     """Mask-Predict (Ghazvininejad et al. 2019, section 4): `iterations` decoder passes.
 
     After pass t of N (counted from 1) the floor(n (N - t) / N) tokens of lowest probability are
-    masked again. One iteration is plain parallel decoding.
+    masked again. One iteration is plain parallel decoding. A sentence of few tokens has none left
+    to mask before the last pass, and leaves the batch.
 
     The `length_candidates` most probable lengths are decoded side by side; the one of the highest
     mean token log-probability wins. `length_prior` w adds w log p(T | x) before the division by
     T. The paper has w = 0; but a model that was shown a wrong length is often sure of itself.
+    A source of S tokens (EOS counted) gives at most `max_ratio` * S + `max_extra` tokens.
+
+    On CUDA a frozen model decodes batches of up to `pynar.decoding.graphs.MOST_POSITIONS` positions
+    by captured CUDA graphs (see there): sizes are rounded up to a bucket, and the first batch of a
+    bucket takes longer. `graphs=False` does without, and so does `trace`.
     """
 
     iterations: int = 10
@@ -33,15 +42,17 @@ class MaskPredict:
     length_prior: float = 0.0
     n_best: int = 1
     trace: bool = False
+    max_ratio: float = 2.0
+    max_extra: int = 10
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("iterations", "length_candidates", "n_best"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"MaskPredict: `{name}` must be positive, got {value}")
-        if not self.length_prior >= 0:
-            raise ValueError(
-                f"MaskPredict: `length_prior` must not be negative, got {self.length_prior}"
-            )
+        for name in ("length_prior", "max_ratio", "max_extra"):
+            if not (amount := getattr(self, name)) >= 0:
+                raise ValueError(f"MaskPredict: `{name}` must not be negative, got {amount}")
         if self.n_best > self.length_candidates:
             raise ValueError(
                 f"MaskPredict: `n_best` must be at most `length_candidates` "
@@ -59,39 +70,119 @@ class MaskPredict:
         target_lengths: Tensor | None = None,
     ) -> Hypotheses:
         """Decodes `source: [B, S]`, to given `target_lengths: [B, n]` if there are any."""
+        longest = 0
+        if target_lengths is not None:
+            longest = self._longest(target_lengths, source_lengths)
+            target_lengths = target_lengths.to(source.device)
+        found = self._by_graph(model, source, source_lengths, target_lengths, longest)
+        if found is None:
+            found = self._search(model, source, source_lengths, target_lengths)
+        return found
+
+    def _longest(self, target_lengths: Tensor, source_lengths: Tensor) -> int:
+        """The greatest of the given lengths, which are checked."""
+        if target_lengths.dim() != 2 or target_lengths.shape[0] != len(source_lengths):
+            raise ValueError(
+                f"MaskPredict: `target_lengths` must have shape [{len(source_lengths)}, n], "
+                f"got {list(target_lengths.shape)}"
+            )
+        on_host = target_lengths.cpu()
+        if (on_host < 1).any():
+            raise ValueError("MaskPredict: `target_lengths` must be positive")
+        return int(on_host.max()) if on_host.numel() else 0
+
+    def _by_graph(
+        self,
+        model: CMLM,
+        source: Tensor,
+        source_lengths: Tensor,
+        target_lengths: Tensor | None,
+        longest: int,
+    ) -> Hypotheses | None:
+        """The hypotheses by a captured graph; None where that is not possible or not wanted."""
+        if not self.graphs or self.trace or source.numel() == 0:
+            return None
+        graphs = graphs_of(model, source)
+        if graphs is None:
+            return None
+        rows, span = row_bucket(len(source)), width_bucket(source.shape[1], model.longest)
+        shapes: list[tuple[int, ...]] = [(rows, span), (rows,)]
+        inputs: tuple[Tensor, ...] = (source, source_lengths)
+        candidates = min(self.length_candidates, model.length.classes)
+        if target_lengths is None:
+            # What the bucket's longest source may give, so that the width itself limits nothing;
+            # one more, because `length_limits` may round otherwise.
+            longest = int(span * self.max_ratio) + self.max_extra + 1
+            longest = min(longest, model.longest or longest)
+        else:
+            candidates = target_lengths.shape[1]
+            shapes.append((rows, candidates))
+            inputs += (target_lengths,)
+        width = width_bucket(longest, model.longest)
+        if rows * max(span, candidates * width) > MOST_POSITIONS:
+            return None
+
+        def decode(*inputs: Tensor) -> tuple[Tensor, ...]:
+            found = self._search(model, *inputs, width=width)
+            return found.tokens, found.lengths, found.scores, found.passes
+
+        results = graphs.run((self, width), shapes, model, decode, inputs)
+        if results is None:
+            return None
+        tokens, lengths, scores, passes = results
+        return Hypotheses(tokens, lengths, scores, passes)
+
+    def _search(
+        self,
+        model: CMLM,
+        source: Tensor,
+        source_lengths: Tensor,
+        target_lengths: Tensor | None = None,
+        *,
+        width: int | None = None,
+    ) -> Hypotheses:
+        """From sentences to hypotheses.
+
+        With a `width` all tensors have it, whatever the lengths turn out to be, and nothing here
+        waits for the device or copies to it, so that a CUDA graph can hold it: no Python branch
+        on values, no selection by them, and no scalar where an operator wants a tensor.
+        """
         memory = model.encode(source, source_lengths)
         if target_lengths is None:
+            most = model.longest if width is None else width
+            limits = length_limits(source_lengths, self.max_ratio, self.max_extra, most)
             target_lengths, log_probs = model.length.predict(
-                memory.states, source_lengths, self.length_candidates
+                memory.states, source_lengths, self.length_candidates, limits
             )
         else:
-            if target_lengths.dim() != 2 or target_lengths.shape[0] != len(source_lengths):
-                raise ValueError(
-                    f"MaskPredict: `target_lengths` must have shape [{len(source_lengths)}, n], "
-                    f"got {list(target_lengths.shape)}"
-                )
-            if (target_lengths < 1).any():
-                raise ValueError("MaskPredict: `target_lengths` must be positive")
             log_probs = torch.zeros(target_lengths.shape, device=source.device)
         sentences, candidates = target_lengths.shape
         lengths = target_lengths.flatten()
-        width = int(lengths.max()) if len(lengths) else 0
+        fixed = width is not None
+        if width is None:
+            width = int(lengths.max()) if len(lengths) else 0
         live = padding_mask(lengths, width)[:, 0, 0]
-        tokens = torch.where(live, MASK, PAD)
+        tokens = torch.full_like(live, PAD, dtype=torch.long).masked_fill(live, MASK)
         scores = torch.zeros(tokens.shape, device=source.device)
         trace = []
+        passes = torch.zeros_like(source_lengths)
         for iteration in range(1, self.iterations + 1):
-            logits = model.logits(model.decode(tokens, lengths, memory))
-            logits[..., model.banned] = -torch.inf
-            again = lengths * (self.iterations - iteration) // self.iterations
+            open_ = (tokens == MASK).unflatten(0, (sentences, candidates)).flatten(1).any(1)
+            passes += open_
+            # To choose sentences or positions on a GPU would mean to wait for their number.
+            chosen = None if fixed or tokens.is_cuda else open_
+            tokens, scores = _fill(model, tokens, scores, lengths, memory, chosen)
             if self.trace:
-                zero = torch.zeros_like(again)
-                trace.append(mask_predict_step(logits, tokens, scores, lengths, zero)[0])
-            tokens, scores = mask_predict_step(logits, tokens, scores, lengths, again)
+                trace.append(tokens)
+            if iteration < self.iterations:
+                again = lengths * (self.iterations - iteration) // self.iterations
+                # Nothing is masked any more, so no logits are read.
+                unread = scores.new_empty(1, 1, NUM_SPECIAL).expand(*tokens.shape, -1)
+                tokens, scores = mask_predict_step(unread, tokens, scores, lengths, again)
         # A candidate that stands for no possible length cannot win, whatever the prior's weight.
         possible = log_probs > -torch.inf
         total = scores.sum(1).view(sentences, candidates)
-        total = total + self.length_prior * torch.where(possible, log_probs, 0)
+        total = total + self.length_prior * log_probs.masked_fill(~possible, 0)
         mean = (total / target_lengths.clamp(min=1)).masked_fill(~possible, -torch.inf)
         best, order = mean.topk(min(self.n_best, candidates), -1)
         rows = (torch.arange(sentences, device=source.device)[:, None] * candidates) + order
@@ -99,6 +190,34 @@ class MaskPredict:
             tokens[rows],
             lengths[rows],
             best,
-            torch.full_like(source_lengths, self.iterations),
+            passes,
             [state[rows[:, 0]] for state in trace],
         )
+
+
+def _fill(
+    model: CMLM,
+    tokens: Tensor,
+    scores: Tensor,
+    lengths: Tensor,
+    memory: Memory,
+    open_: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """One pass: the most probable token at every masked position, and its log-probability.
+
+    `open_: [B]` marks the sentences that have any; if it is None, everything is computed.
+    """
+    masked = tokens == MASK
+    if open_ is None:
+        states = model.decode(tokens, lengths, memory)
+        best, log_probs, _ = model.best(states.flatten(0, 1))
+        tokens = torch.where(masked, best.view_as(tokens), tokens)
+        return tokens, torch.where(masked, log_probs.view_as(scores), scores)
+    index = open_.nonzero()[:, 0]
+    if len(index) < len(open_):
+        rows = open_.repeat_interleave(len(tokens) // max(len(open_), 1))
+        part = model.decode(tokens[rows], lengths[rows], memory.select(index), masked[rows])
+    else:
+        part = model.decode(tokens, lengths, memory, masked)
+    best, log_probs, _ = model.best(part)
+    return tokens.masked_scatter(masked, best), scores.masked_scatter(masked, log_probs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pynar import __version__
 from pynar.data.tokenizer import Tokenizer
 from pynar.decoding.autoregressive import BeamSearch, Greedy, Sampling
 from pynar.decoding.hypotheses import Hypotheses
@@ -19,7 +21,15 @@ from pynar.models import TranslationModel
 from pynar.strict import from_dict
 from pynar.symbols import EOS, PAD
 
-__all__ = ["STRATEGIES", "Strategy", "Translation", "Translator", "strategy"]
+__all__ = [
+    "STRATEGIES",
+    "LineTranslator",
+    "Strategy",
+    "Translation",
+    "Translator",
+    "strategy",
+    "weights_digest",
+]
 
 _SENTENCE_END = re.compile(r"[.!?;:,]$")
 
@@ -46,7 +56,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 
 def strategy(
-    model: TranslationModel, name: str | None = None, options: dict[str, Any] | None = None
+    model: TranslationModel | Any, name: str | None = None, options: dict[str, Any] | None = None
 ) -> Strategy:
     """Makes the named strategy, or the model's first one, with `options`.
 
@@ -74,23 +84,42 @@ class Translation:
     trace: list[str] = field(default_factory=list)
 
 
-class Translator:
-    """Translates lines of text with one model: `Translator(model, tokenizer).translate(lines)`.
+def weights_digest(model: TranslationModel) -> str:
+    """SHA-256 over the names and values of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
-    Lines are sorted by length and batched by tokens; results come back in order and do not
-    depend on the batch. Empty lines, and lines of nothing but spaces, give empty lines.
+
+class LineTranslator:
+    """What every engine does with lines of text: cuts, sorts and batches them.
+
+    An engine is a subclass that decodes one batch of token ids and says what it is.
     """
 
-    def __init__(self, model: TranslationModel, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+    model: Any  # has `name`, `strategies`, `decoding_defaults` and `longest`
+    tokenizer: Tokenizer
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        raise NotImplementedError
 
-    def to(self, device: torch.device | str) -> Translator:
-        self.model.to(device)
-        return self
+    @property
+    def engine(self) -> dict[str, str]:
+        """What computes: `name`, `version` and `compute_type`, for manifests and reports."""
+        raise NotImplementedError
+
+    @property
+    def digest(self) -> str:
+        """`weights_digest` of the model, whichever engine runs it."""
+        raise NotImplementedError
+
+    def _decode_batch(
+        self, sources: list[Sequence[int]], names: list[int], decoding: Any
+    ) -> list[Translation]:
+        raise NotImplementedError
 
     def translate(
         self, lines: Sequence[str], strategy: Strategy | str | None = None, **options: Any
@@ -183,37 +212,6 @@ class Translator:
                 )
         return chosen
 
-    def batch(self, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids as `source: [B, S]` with EOS, and `lengths: [B]`, on the model's device."""
-        lengths = torch.tensor([len(ids) + 1 for ids in sources])
-        source = torch.full((len(sources), int(lengths.max())), PAD)
-        for row, ids in zip(source, sources, strict=True):
-            row[: len(ids) + 1] = torch.tensor([*ids, EOS])
-        return source.to(self.device), lengths.to(self.device)
-
-    def _decode_batch(
-        self, sources: list[Sequence[int]], names: list[int], decoding: Strategy
-    ) -> list[Translation]:
-        source, lengths = self.batch(sources)
-        hypotheses = decoding.decode(self.model, source, lengths, indices=torch.tensor(names))
-        text = self.tokenizer.decode_target
-        texts = [text(rows) for rows in hypotheses.lists()]
-        scores, passes = hypotheses.scores.tolist(), hypotheses.passes.tolist()
-        traces = [self._trace(hypotheses, row) for row in range(len(sources))]
-        results = []
-        for t, s, p, trace in zip(texts, scores, passes, traces, strict=True):
-            # A place that scores -inf holds no hypothesis.
-            found = [pair for pair in zip(t, s, strict=True) if pair[1] > -math.inf]
-            results.append(Translation(t[0], s[0], p, found or [(t[0], s[0])], trace))
-        return results
-
-    def _trace(self, hypotheses: Hypotheses, row: int) -> list[str]:
-        length = int(hypotheses.lengths[row, 0]) if hypotheses.trace else 0
-        piece = self.tokenizer.target.id_to_piece
-        return [
-            " ".join(piece(i) for i in state[row, :length].tolist()) for state in hypotheses.trace
-        ]
-
     def _pieces(self, line: str, number: int, limit: int, on_long: str) -> Iterator[list[int]]:
         # Of spaces alone; the tokenizer would take a tab for an unknown word.
         ids = self.tokenizer.encode_source([line])[0] if line.strip() else []
@@ -248,6 +246,77 @@ class Translator:
             for offset in range(0, len(ids), limit):
                 yield ids[offset : offset + limit]
             start = stop
+
+
+class Translator(LineTranslator):
+    """Translates lines of text with one model: `Translator(model, tokenizer).translate(lines)`.
+
+    Lines are sorted by length and batched by tokens; results come back in order and do not
+    depend on the batch. Empty lines, and lines of nothing but spaces, give empty lines.
+    """
+
+    model: TranslationModel
+
+    def __init__(
+        self, model: TranslationModel, tokenizer: Tokenizer, *, digest: str | None = None
+    ) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self._digest = digest
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def engine(self) -> dict[str, str]:
+        kind = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        if self.model.frozen:
+            kind = f"{self.model.frozen}, frozen"
+        return {"name": "pynar", "version": __version__, "compute_type": kind}
+
+    @property
+    def digest(self) -> str:
+        return self._digest or weights_digest(self.model)
+
+    def freeze(self, dtype: str = "fp32") -> Translator:
+        """A translator with the model frozen for fast inference; see `TranslationModel.freeze`."""
+        # Packed weights are no longer those that a digest names.
+        return Translator(self.model.freeze(dtype), self.tokenizer, digest=self.digest)
+
+    def to(self, device: torch.device | str) -> Translator:
+        self.model.to(device)
+        return self
+
+    def batch(self, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids as `source: [B, S]` with EOS, and `lengths: [B]`, on the model's device."""
+        lengths = torch.tensor([len(ids) + 1 for ids in sources])
+        source = torch.full((len(sources), int(lengths.max())), PAD)
+        for row, ids in zip(source, sources, strict=True):
+            row[: len(ids) + 1] = torch.tensor([*ids, EOS])
+        return source.to(self.device), lengths.to(self.device)
+
+    def _decode_batch(
+        self, sources: list[Sequence[int]], names: list[int], decoding: Strategy
+    ) -> list[Translation]:
+        source, lengths = self.batch(sources)
+        hypotheses = decoding.decode(self.model, source, lengths, indices=torch.tensor(names))
+        text = self.tokenizer.decode_target
+        texts = [text(rows) for rows in hypotheses.lists()]
+        scores, passes = hypotheses.scores.tolist(), hypotheses.passes.tolist()
+        traces = [self._trace(hypotheses, row) for row in range(len(sources))]
+        results = []
+        for t, s, p, trace in zip(texts, scores, passes, traces, strict=True):
+            # A place that scores -inf holds no hypothesis.
+            found = [pair for pair in zip(t, s, strict=True) if pair[1] > -math.inf]
+            results.append(Translation(t[0], s[0], p, found or [(t[0], s[0])], trace))
+        return results
+
+    def _trace(self, hypotheses: Hypotheses, row: int) -> list[str]:
+        length = int(hypotheses.lengths[row, 0]) if hypotheses.trace else 0
+        piece = self.tokenizer.target.id_to_piece
+        return [
+            " ".join(piece(i) for i in state[row, :length].tolist()) for state in hypotheses.trace
+        ]
 
 
 def _batches(sizes: list[int], max_tokens: int) -> Iterator[list[int]]:

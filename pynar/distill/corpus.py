@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import pyarrow as pa
 
 from pynar.data import Corpus, CorpusWriter, FileInfo, Manifest, SplitInfo
 from pynar.data.atomic import replace_directory, temporary_sibling
-from pynar.decoding import Strategy, Translator
+from pynar.decoding import LineTranslator, Strategy
 from pynar.symbols import UNK
 
 __all__ = ["distill"]
@@ -49,7 +48,7 @@ class _Work:
 
 
 def distill(
-    teacher: Translator,
+    teacher: LineTranslator,
     data: str | os.PathLike[str],
     output: str | os.PathLike[str],
     strategy: Strategy,
@@ -69,7 +68,7 @@ def distill(
     manifest. The others return None.
 
     Pairs whose translation is empty are left out, and counted as "empty" in the manifest, which
-    also holds the teacher's digest and the decoding options.
+    also holds the teacher's digest, the engine that ran it and the decoding options.
 
     Raises:
         ValueError: the teacher has another tokenizer than the data, or the shards that are there
@@ -90,7 +89,8 @@ def distill(
             "`--tokenizer` of the teacher's checkpoint"
         )
     facts = {
-        "teacher": _digest(teacher),
+        "teacher": teacher.digest,
+        "engine": teacher.engine,
         "strategy": type(strategy).__name__,
         "options": dataclasses.asdict(strategy),  # type: ignore[call-overload]
         "data": corpus.digest,
@@ -108,15 +108,6 @@ def distill(
     manifest = _assemble(teacher, data, output, source_manifest, work, facts)
     shutil.rmtree(work.folder, ignore_errors=True)
     return manifest
-
-
-def _digest(teacher: Translator) -> str:
-    """SHA-256 over the names and values of the teacher's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(teacher.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _begin(folder: Path, facts: dict[str, Any]) -> None:
@@ -137,7 +128,7 @@ def _begin(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _translate_shard(
-    teacher: Translator,
+    teacher: LineTranslator,
     strategy: Strategy,
     corpus: Corpus,
     work: _Work,
@@ -155,7 +146,7 @@ def _translate_shard(
 
 
 def _assemble(
-    teacher: Translator,
+    teacher: LineTranslator,
     data: Path,
     output: Path,
     source: Manifest,

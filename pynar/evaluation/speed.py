@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from pynar.decoding import Strategy, Translation, Translator
+from pynar.evaluation.environment import processor
 
-__all__ = ["Speed", "machine", "measure_speed"]
+__all__ = ["Speed", "machine", "measure_speed", "percentile"]
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def measure_speed(
             rates[index].append(len(lines) / seconds)
     speeds = [
         Speed(
-            p50_ms=_percentile(times, 0.50),
-            p95_ms=_percentile(times, 0.95),
-            p99_ms=_percentile(times, 0.99),
+            p50_ms=percentile(times, 0.50),
+            p95_ms=percentile(times, 0.95),
+            p99_ms=percentile(times, 0.99),
             sentences_per_second=statistics.median(rate),
             passes=count,
         )
@@ -87,22 +87,14 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _percentile(times: list[float], share: float) -> float:
+def percentile(times: Sequence[float], share: float) -> float:
+    """The time that this share of `times` does not exceed."""
     return sorted(times)[min(len(times) - 1, int(len(times) * share))]
 
 
 def machine(device: torch.device | str = "cpu") -> str:
     """A line that says where a measurement was made."""
-    where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _cpu()
+    where = (
+        torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else processor()
+    )
     return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def _cpu() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            for line in stream:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux; platform knows less, but knows it everywhere
-    return platform.processor() or platform.machine()

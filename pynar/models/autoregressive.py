@@ -49,16 +49,15 @@ class AutoregressiveTransformer(TranslationModel):
         example = self.corrupt(batch, torch.Generator(target.device))
         memory = self.encode(source, source_lengths)
         states = self.decoder(self.target_embedding(example.inputs), memory)
-        log_probs = self.log_probs(states).gather(-1, example.labels[..., None])[..., 0]
-        return log_probs.masked_fill(example.labels == PAD, 0.0).sum(-1)
-
-    def log_probs(self, states: Tensor) -> Tensor:
-        """Next-token log-probabilities in fp32; symbols that are never produced have none."""
-        logits = self.logits(states).float()
-        logits[..., self.banned] = -torch.inf
-        return logits.log_softmax(-1)
+        rows = example.labels != PAD
+        states, labels = states[rows], example.labels[rows]
+        if torch.is_grad_enabled():
+            log_probs = self.log_probs(states).gather(-1, labels[:, None])[:, 0]
+        else:  # which `best` is made for
+            log_probs = self.log_prob(states, labels, self.best(states)[2])
+        return log_probs.new_zeros(rows.shape).masked_scatter(rows, log_probs).sum(-1)
 
     def step(self, tokens: Tensor, memory: Memory, cache: DecoderCache) -> Tensor:
-        """Log-probabilities `[N, V]` of the token after `tokens: [N]`, advancing the cache."""
+        """Decoder states `[N, C]` from which the token after `tokens: [N]` follows."""
         x = self.target_embedding(tokens[:, None], start=cache.position)
-        return self.log_probs(self.decoder.step(x, memory, cache)[:, 0])
+        return self.decoder.step(x, memory, cache)[:, 0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,13 @@ from torch import Tensor, nn
 
 from pynar.data.batching import Batch
 from pynar.nn.embedding import Embedding
+from pynar.nn.frozen import DTYPES, FrozenDecoder, FrozenEncoder
 from pynar.nn.transformer import Decoder, Encoder, Memory
+from pynar.ops import PackedWeight, linear_argmax, pack_linear, packed_linear
 from pynar.symbols import BOS, MASK, NUM_SPECIAL, PAD
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Example", "TransformerConfig", "TranslationModel"]
 
@@ -95,6 +101,10 @@ class TranslationModel(nn.Module):
     banned: ClassVar[tuple[int, ...]] = (PAD, BOS, MASK)  # never produced
     strategies: ClassVar[tuple[str, ...]]  # names in pynar.decoding, the usual one first
     decoding_defaults: ClassVar[dict[str, Any]] = {}
+    frozen: str = ""  # as what, if it is
+    packed_vocabulary: PackedWeight | None = None
+    graphs: Any = None  # of a frozen model on CUDA: pynar.decoding.graphs.Graphs
+    exclusion: Tensor  # [V], -inf for banned symbols
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -110,9 +120,13 @@ class TranslationModel(nn.Module):
             "norm": config.norm,
             "activation": config.activation,
         }
-        self.encoder = Encoder(config.encoder_layers, *sizes, **habits)
-        self.decoder = Decoder(config.decoder_layers, *sizes, **habits)
+        # Of a frozen model FrozenEncoder and FrozenDecoder, which have the same methods.
+        self.encoder: Any = Encoder(config.encoder_layers, *sizes, **habits)
+        self.decoder: Any = Decoder(config.decoder_layers, *sizes, **habits)
         self.dropout = nn.Dropout(config.dropout)
+        exclusion = torch.zeros(config.target_vocabulary)
+        exclusion[list(self.banned)] = -torch.inf
+        self.register_buffer("exclusion", exclusion, persistent=False)
         self.apply(self._initialise)
         if config.init == "xavier":
             # Beside scaled token embeddings of unit variance, smaller positions go unheard.
@@ -133,6 +147,10 @@ class TranslationModel(nn.Module):
             if module.padding_idx is not None:
                 nn.init.zeros_(module.weight[module.padding_idx])
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.graphs = None  # they read the weights where those were
+        return super()._apply(fn, recurse)
+
     @property
     def longest(self) -> int | None:
         """The most tokens a sequence may have, on either side; None where there is no limit."""
@@ -147,11 +165,71 @@ class TranslationModel(nn.Module):
         embedded = self.source_embedding.embed(source)
         positions = self.source_embedding.positions(0, source.shape[1])
         states = self.encoder(self.dropout(embedded + positions), lengths)
-        return Memory(states, embedded, lengths, self.decoder.project(states))
+        return self.decoder.remember(states, embedded, lengths)
 
     def logits(self, states: Tensor) -> Tensor:
         """The tied vocabulary projection, `[..., C] -> [..., V]`."""
-        return F.linear(states, self.target_embedding.tokens.weight)
+        if self.packed_vocabulary is None:
+            return F.linear(states, self.target_embedding.tokens.weight)
+        return packed_linear(states.flatten(0, -2), self.packed_vocabulary).unflatten(
+            0, states.shape[:-1]
+        )
+
+    def log_probs(self, states: Tensor) -> Tensor:
+        """Log-probabilities `[..., V]` in fp32; symbols that are never produced have none."""
+        return (self.logits(states).float() + self.exclusion).log_softmax(-1)
+
+    def best(self, states: Tensor, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The most probable tokens of `states: [N, C]`, without logits in memory.
+
+        Returns tokens and log-probabilities, `[N]` or `[N, k]`, and the log-sum-exp `[N]`.
+        """
+        weight: Tensor | PackedWeight = self.target_embedding.tokens.weight.detach()
+        states = states.to(self.target_embedding.tokens.weight.dtype)
+        if self.packed_vocabulary is not None:
+            states, weight = states.float(), self.packed_vocabulary
+        bias = self.exclusion.float()  # also where the whole model was converted
+        return linear_argmax(states, weight, bias, k=k, return_lse=True)  # type: ignore[return-value]
+
+    def log_prob(self, states: Tensor, tokens: Tensor, lse: Tensor) -> Tensor:
+        """Log-probability `[N]` of given `tokens: [N]`, with the log-sum-exp from `best`."""
+        rows = self.target_embedding.tokens(tokens)
+        return (states.float() * rows.float()).sum(-1) + self.exclusion[tokens] - lse
+
+    def freeze(self, dtype: str = "fp32") -> Self:
+        """A copy for fast inference: `dtype` "fp32", "bf16" or "int8" (CPU), "fp16" (GPU).
+
+        On the CPU weights are packed for the matrix kernels and batches lose their padding
+        (pynar/nn/frozen.py); activations stay fp32. On a GPU the weights are converted.
+        The model itself is left as it is; the copy cannot be trained, moved or saved.
+
+        Raises:
+            ValueError: the model is frozen already, or the device has no such type.
+        """
+        if self.frozen:
+            raise ValueError(f"freeze: the model is frozen already, as {self.frozen}")
+        device = self.exclusion.device.type
+        known = ("fp32", "bf16", "int8") if device == "cpu" else ("fp32", "bf16", "fp16")
+        if dtype not in known:
+            raise ValueError(
+                f"freeze: `dtype` on {device} must be one of {', '.join(known)}, got {dtype!r}"
+            )
+        if device != "cpu":
+            frozen = copy.deepcopy(self).requires_grad_(False).eval()
+            exclusion = frozen.exclusion
+            frozen.to({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+            frozen.exclusion = exclusion
+            frozen.frozen = dtype
+            return frozen
+        frozen = copy.copy(self)
+        frozen._modules = dict(self._modules)
+        frozen.eval()
+        packed = DTYPES[dtype]
+        frozen.encoder = FrozenEncoder(self.encoder, packed)
+        frozen.decoder = FrozenDecoder(self.decoder, packed)
+        frozen.packed_vocabulary = pack_linear(self.target_embedding.tokens.weight, packed)
+        frozen.frozen = dtype
+        return frozen
 
     def _token_loss(self, states: Tensor, labels: Tensor) -> Tensor:
         """Sum of the cross-entropies of `labels: [B, T]`, smoothed while training.

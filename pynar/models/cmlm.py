@@ -95,6 +95,11 @@ class CMLM(TranslationModel):
             "length": self.length.loss(memory.states, memory.lengths, batch.target_lengths),
         }
 
-    def decode(self, tokens: Tensor, lengths: Tensor, memory: Memory) -> Tensor:
-        """Decoder states `[B * n, T, C]` of partially masked `tokens: [B * n, T]`."""
-        return self.decoder(self.dropout(self.target_embedding(tokens)), memory, lengths)
+    def decode(
+        self, tokens: Tensor, lengths: Tensor, memory: Memory, wanted: Tensor | None = None
+    ) -> Tensor:
+        """Decoder states `[B * n, T, C]` of partially masked `tokens: [B * n, T]`.
+
+        With boolean `wanted: [B * n, T]` only those of the positions it marks, `[N, C]`.
+        """
+        return self.decoder(self.dropout(self.target_embedding(tokens)), memory, lengths, wanted)

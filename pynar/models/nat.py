@@ -57,9 +57,11 @@ class VanillaNAT(CMLM):
         live = padding_mask(batch.target_lengths, batch.target.shape[1])[:, 0, 0]
         return self._example(batch, live)
 
-    def decode(self, tokens: Tensor, lengths: Tensor, memory: Memory) -> Tensor:
+    def decode(
+        self, tokens: Tensor, lengths: Tensor, memory: Memory, wanted: Tensor | None = None
+    ) -> Tensor:
         if self.config.decoder_input == "mask":
-            return super().decode(tokens, lengths, memory)
+            return super().decode(tokens, lengths, memory, wanted)
         rows = tokens.shape[0] // max(memory.lengths.shape[0], 1)
         # The source's EOS has no counterpart in a target without one.
         source_lengths = (memory.lengths - 1).clamp(min=1).repeat_interleave(rows)
@@ -67,4 +69,4 @@ class VanillaNAT(CMLM):
         sentence = torch.arange(len(memory.lengths), device=tokens.device)
         copied = memory.embedded[sentence.repeat_interleave(rows)[:, None], index]
         x = copied + self.target_embedding.positions(0, tokens.shape[1])
-        return self.decoder(self.dropout(x), memory, lengths)
+        return self.decoder(self.dropout(x), memory, lengths, wanted)

@@ -58,7 +58,7 @@ class LengthPredictor(nn.Module):
     def forward(self, states: Tensor, source_lengths: Tensor) -> Tensor:
         """Log-probabilities `[B, classes]` in fp32; impossible lengths have -inf."""
         live = padding_mask(source_lengths, states.shape[1])[:, 0, 0, :, None]
-        pooled = torch.where(live, states, 0).sum(1)
+        pooled = states.masked_fill(~live, 0).sum(1)
         if self.pooling == "mean":
             pooled = pooled / source_lengths[:, None]
         logits = self.output(pooled.to(states.dtype)).float()
@@ -76,14 +76,25 @@ class LengthPredictor(nn.Module):
         return F.nll_loss(log_probs, nearest.clamp(0, self.classes - 1), reduction="sum")
 
     def predict(
-        self, states: Tensor, source_lengths: Tensor, candidates: int
+        self,
+        states: Tensor,
+        source_lengths: Tensor,
+        candidates: int,
+        limits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The `candidates` most probable distinct lengths and their log-probabilities, `[B, n]`.
 
-        There are at most as many as classes. A short source may leave fewer possible lengths
-        still: those further candidates have log-probability -inf and repeat the best length.
+        There are at most as many as classes. A short source, or its limit in `limits: [B]`, may
+        leave fewer possible lengths still: those further candidates have log-probability -inf and
+        repeat the best length. Where even the shortest class is above the limit, the limit takes
+        its place.
         """
         log_probs = self(states, source_lengths)
+        lengths = self._lengths(source_lengths)
+        if limits is not None:
+            above = lengths > torch.maximum(limits, lengths[:, 0])[:, None]
+            log_probs = log_probs.masked_fill(above, -torch.inf)
+            lengths = lengths.minimum(limits[:, None])
         top, index = log_probs.topk(min(candidates, self.classes), dim=-1)
-        lengths = self._lengths(source_lengths).gather(1, index)
+        lengths = lengths.gather(1, index)
         return torch.where(top > -torch.inf, lengths, lengths[:, :1]), top

@@ -179,10 +179,17 @@ class Decoder(nn.Module):
     def _stack(self) -> list[_DecoderLayer]:
         return cast("list[_DecoderLayer]", self.layers)
 
-    def forward(self, x: Tensor, memory: Memory, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        memory: Memory,
+        lengths: Tensor | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Decodes `x: [B * n, T, C]`: bidirectionally within `lengths: [B * n]`, causally if None.
 
-        Right padding needs no mask under causal attention: live rows never see it.
+        Right padding needs no mask under causal attention: live rows never see it. With boolean
+        `wanted: [B * n, T]` only the states of those positions are returned, `[N, C]`.
         """
         mask = None if lengths is None else padding_mask(lengths, x.shape[1])
         memory_mask = memory.mask
@@ -193,7 +200,11 @@ class Decoder(nn.Module):
                 return attention(h, mask, causal=lengths is None)
 
             x = layer(x, attend, keys_values, memory_mask)
-        return self.norm(x)
+        return self.norm(x if wanted is None else x[wanted])
+
+    def remember(self, states: Tensor, embedded: Tensor, lengths: Tensor) -> Memory:
+        """What decoding needs of the encoder's `states: [B, S, C]`, projected for every layer."""
+        return Memory(states, embedded, lengths, self.project(states))
 
     def cache(self, rows: int, like: Tensor) -> DecoderCache:
         return DecoderCache(rows, len(self.layers), self.heads, self.dim, like)

@@ -39,6 +39,10 @@ class Check:
         if tensor.device != other.device:
             self.fail(name, f"be on {other.device} (device of `{other_name}`)", tensor.device)
 
+    def cpu(self, name: str, tensor: Tensor) -> None:
+        if tensor.device.type != "cpu":
+            self.fail(name, "be on cpu, where packed weights are used", tensor.device)
+
     def values(
         self, name: str, tensor: Tensor, wanted: str, lowest: int, highest: int | None = None
     ) -> None:

@@ -59,7 +59,7 @@ def mask_predict_step(
     """
     if torch.is_grad_enabled() and (logits.requires_grad or scores.requires_grad):
         logits, scores = logits.detach(), scores.detach()
-    return _OPERATOR.call(logits, tokens, scores, lengths, num_masked)
+    return _OPERATOR(logits, tokens, scores, lengths, num_masked)
 
 
 def _native(

@@ -1,5 +1,20 @@
 """The definition of every operator in plain PyTorch; `pynar.ops` has the fast ones."""
 
+from pynar.reference.interval_attention import (
+    interval_attention,
+    interval_attention_backward,
+    interval_mask,
+)
+from pynar.reference.linear_argmax import linear_argmax
 from pynar.reference.mask_predict_step import mask_predict_step
+from pynar.reference.packed_linear import packed_linear, round_rows
 
-__all__ = ["mask_predict_step"]
+__all__ = [
+    "interval_attention",
+    "interval_attention_backward",
+    "interval_mask",
+    "linear_argmax",
+    "mask_predict_step",
+    "packed_linear",
+    "round_rows",
+]

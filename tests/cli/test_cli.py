@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import sys
@@ -14,6 +15,10 @@ import pynar
 from pynar.cli import main
 from pynar.data import Manifest
 from pynar.data.normalisation import corpus
+
+needs_ctranslate2 = pytest.mark.skipif(
+    importlib.util.find_spec("ctranslate2") is None, reason="the extra `ctranslate2` is missing"
+)
 
 SIZES = {"dim": 16, "ffn_dim": 32, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
 TRAINING = {
@@ -110,6 +115,71 @@ def test_distilled_data_train_a_student(place: Path, tmp_path: Path) -> None:
     recipe = ("--recipe", place / "nat.yaml", "--init-from", teacher)
     run("train", *recipe, "--data", tmp_path / "kd", "--output", tmp_path / "nat")
     assert (tmp_path / "nat" / "last" / "model.safetensors").exists()
+
+
+@needs_ctranslate2
+def test_an_exported_model_translates_and_distils_as_its_checkpoint(
+    place: Path, tmp_path: Path, capsys
+) -> None:
+    checkpoint, exported = place / "autoregressive/best", tmp_path / "exported"
+    run("export", "--model", checkpoint, "--output", exported)
+    assert "in float32" in capsys.readouterr().out
+    texts = {}
+    for name, model, engine in (
+        ("checkpoint", checkpoint, ()),
+        ("exported", exported, ()),
+        ("auto", checkpoint, ("--engine", "auto")),
+    ):
+        output = tmp_path / f"{name}.txt"
+        run("translate", model, "--input", place / "test.source", "--output", output, *engine)
+        texts[name] = output.read_text()
+    assert texts["checkpoint"] == texts["exported"] == texts["auto"]
+    assert "engine: ctranslate2 " in capsys.readouterr().err
+    data, manifests = ("--data", place / "data", "--strategy", "greedy"), {}
+    for name, teacher, engine in (
+        ("auto", checkpoint, ()),
+        ("pynar", checkpoint, ("--engine", "pynar")),
+        ("exported", exported, ()),
+    ):
+        output = tmp_path / f"kd-{name}"
+        run("distill", "--teacher", teacher, *data, "--output", output, *engine)
+        manifests[name] = Manifest.load(output)
+    engines = [manifests[n].options["distilled"]["engine"]["name"] for n in manifests]
+    assert engines == ["ctranslate2", "pynar", "ctranslate2"]
+    train = [manifests[n].files["train.arrow"] for n in manifests]
+    assert train[0] == train[1] == train[2]
+
+
+@needs_ctranslate2
+def test_the_engine_asked_for_is_taken_or_refused(place: Path, tmp_path: Path, capsys) -> None:
+    text = ("--input", place / "test.source")
+    model, other = place / "autoregressive/best", place / "cmlm/best"
+    run("translate", model, *text, "--engine", "auto", "--strategy", "sampling")
+    assert "engine: pynar (" in capsys.readouterr().err
+    run("translate", other, *text, "--engine", "auto")
+    assert "engine: pynar (CTranslate2 runs autoregressive" in capsys.readouterr().err
+    engine = ("--engine", "ctranslate2")
+    assert "not a cmlm model" in fails(capsys, "translate", other, *text, *engine)
+    error = fails(capsys, "translate", model, *text, *engine, "--compute-type", "int3")
+    assert "`compute_type` must be" in error
+    error = fails(capsys, "translate", model, *text, "--compute-type", "int8")
+    assert "--compute-type int8 is of --engine ctranslate2" in error
+    error = fails(capsys, "export", "--model", other, "--output", tmp_path / "x")
+    assert "must be an autoregressive" in error and not (tmp_path / "x").exists()
+    run("export", "--model", model, "--output", tmp_path / "x", "--quantization", "int8")
+    error = fails(capsys, "translate", tmp_path / "x", *text, "--engine", "pynar")
+    assert "is an exported model" in error
+
+
+def test_a_missing_engine_leaves_the_work_to_ours(place: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    model, text = place / "autoregressive/best", ("--input", place / "test.source")
+    run("translate", model, *text, "--engine", "auto")
+    assert "pip install 'pynar[ctranslate2]'" in capsys.readouterr().err
+    error = fails(capsys, "translate", model, *text, "--engine", "ctranslate2")
+    assert "pip install 'pynar[ctranslate2]'" in error
+    error = fails(capsys, "export", "--model", model, "--output", place / "x")
+    assert "pip install 'pynar[ctranslate2]'" in error
 
 
 def test_evaluate_scores_and_times_models_beside_files(place: Path, tmp_path: Path, capsys) -> None:

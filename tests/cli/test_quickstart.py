@@ -34,7 +34,9 @@ def test_quickstart_leaves_table_plot_and_models(tmp_path: Path, monkeypatch, ca
         ("AR beam 5", "raw"),
         ("vanilla NAT", "raw"),
     ]
-    assert [row["passes"] for row in rows if row["system"].startswith("CMLM")] == [1, 4, 10] * 2
+    # A short sentence takes part in fewer passes.
+    passes = [row["passes"] for row in rows if row["system"].startswith("CMLM")]
+    assert all(n - 1 < p <= n for p, n in zip(passes, [1, 4, 10] * 2, strict=True))
     assert rows[0]["speedup"] == 1.0
     assert (output / "quality_latency.png").read_bytes().startswith(b"\x89PNG")
     for model in ("teacher", "cmlm-raw", "cmlm-distilled", "nat-raw", "nat-distilled"):

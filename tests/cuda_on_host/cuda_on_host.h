@@ -47,6 +47,13 @@ constexpr size_t kSlotBytes = 16;
 
 enum class Waiting { kNothing, kBlock, kWarp };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+  int group;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
@@ -58,6 +65,8 @@ struct Fiber {
   const char* name = "";     // of what it waits for
   unsigned collectives = 0;  // how many warp collectives it has entered
   int predicate = 0;
+  std::vector<Copy> copies;  // cp.async that were not waited for
+  int groups = 0;            // of copies, committed
 };
 
 struct Warp {
@@ -191,20 +200,35 @@ inline void run_block(size_t threads) {
     fiber.waiting = Waiting::kNothing;
     fiber.done = false;
     fiber.collectives = 0;
+    fiber.copies.clear();
+    fiber.groups = 0;
     prepare(fiber);
   }
+  // Some warps are held back for a while, so that others run ahead of them as far as barriers let
+  // them.
+  uint32_t held = 0;
   for (;;) {
     size_t live = 0;
+    bool waits = false;
+    if (next_random() % 128 == 0) held = next_random();
     const size_t offset = next_random() % threads;
     const bool backwards = next_random() % 2;
     for (size_t n = 0; n < threads; ++n) {
       const size_t i = ((backwards ? threads - 1 - n : n) + offset) % threads;
       Fiber& fiber = state.fibers[i];
-      if (!fiber.done && fiber.waiting == Waiting::kNothing) to_fiber(int(i));
+      if (!fiber.done && fiber.waiting == Waiting::kNothing) {
+        if (held >> i / kLanes % 24 & 1) {
+          waits = true;
+        } else {
+          to_fiber(int(i));
+        }
+      }
       live += !fiber.done;
     }
     if (live == 0) return;
-    if (!release()) stop("threads wait for others that never come");
+    if (release()) continue;
+    if (!waits) stop("threads wait for others that never come");
+    held = 0;
   }
 }
 
@@ -273,6 +297,72 @@ T shuffle(const char* name, unsigned mask, T value, int source, bool inside) {
 
 inline int lane() {
   return state.current % kLanes;
+}
+
+// The instructions that csrc/common/mma.cuh wraps. `number` turns 16 bits into a float.
+template <typename Number>
+void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         Number number) {
+  struct A {
+    uint32_t word[4];
+  };
+  struct B {
+    uint32_t word[2];
+  };
+  const int g = lane() / 4;
+  const int t = lane() % 4;
+  float rows[2][16];
+  const auto* slots = meet_warp("mma", ~0u, A{{a[0], a[1], a[2], a[3]}});
+  for (int k = 0; k < 16; ++k) {
+    A words;
+    std::memcpy(&words, slots[4 * g + k % 8 / 2], sizeof(words));
+    for (int r = 0; r < 2; ++r)
+      rows[r][k] = number(words.word[k / 8 * 2 + r] >> k % 2 * 16 & 0xffff);
+  }
+  slots = meet_warp("mma", ~0u, B{{b[0], b[1]}});
+  for (int c = 0; c < 2; ++c) {
+    for (int k = 0; k < 16; ++k) {
+      B words;
+      std::memcpy(&words, slots[4 * (2 * t + c) + k % 8 / 2], sizeof(words));
+      const float x = number(words.word[k / 8] >> k % 2 * 16 & 0xffff);
+      for (int r = 0; r < 2; ++r) d[2 * r + c] += rows[r][k] * x;
+    }
+  }
+}
+
+inline void load_matrices(uint32_t (&words)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    stop("ldmatrix from an address that is no multiple of 16");
+  const auto* slots = meet_warp("ldmatrix", ~0u, row);
+  for (int i = 0; i < 4; ++i) {
+    const char* from;
+    std::memcpy(&from, slots[8 * i + lane() / 4], sizeof(from));
+    std::memcpy(&words[i], from + lane() % 4 * 4, sizeof(words[i]));
+  }
+}
+
+// What is copied is only there once it was waited for; until then there is 0xff.
+inline void copy_async(void* to, const void* from, int bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0) {
+    stop("cp.async at an address that is no multiple of 16");
+  }
+  std::memset(to, 0xff, 16);
+  Fiber& fiber = state.fibers[state.current];
+  fiber.copies.push_back({to, from, bytes, fiber.groups});
+}
+
+inline void commit_copies() {
+  ++state.fibers[state.current].groups;
+}
+
+inline void wait_copies(int left) {
+  Fiber& fiber = state.fibers[state.current];
+  std::erase_if(fiber.copies, [&](const Copy& copy) {
+    if (copy.group >= fiber.groups - left) return false;
+    std::memset(copy.to, 0, 16);
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    return true;
+  });
 }
 
 }  // namespace cuda_on_host

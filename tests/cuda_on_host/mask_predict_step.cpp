@@ -2,31 +2,12 @@
 // elements at which the logits begin (which decides how they are aligned), a seed and a folder.
 #include "cuda_on_host.h"
 
-#include <fstream>
 #include <string>
 
 #include "decoding/mask_predict_step.cuh"
+#include "files.h"
 
 namespace {
-
-// Arrays of exactly the size needed, so that AddressSanitizer sees any access beside them.
-template <typename T>
-std::unique_ptr<T[]> read(const std::string& path, int64_t count) {
-  std::unique_ptr<T[]> values(new T[count]);
-  std::ifstream file(path, std::ios::binary);
-  file.read(reinterpret_cast<char*>(values.get()), count * sizeof(T));
-  if (file.gcount() != static_cast<std::streamsize>(count * sizeof(T))) {
-    std::fprintf(stderr, "%s is too short\n", path.c_str());
-    std::exit(2);
-  }
-  return values;
-}
-
-template <typename T>
-void write(const std::string& path, const T* values, int64_t count) {
-  std::ofstream file(path, std::ios::binary);
-  file.write(reinterpret_cast<const char*>(values), count * sizeof(T));
-}
 
 template <typename T, int kThreads>
 void launch(const pynar::MaskPredictParams<T>& p, unsigned batch, uint32_t seed) {

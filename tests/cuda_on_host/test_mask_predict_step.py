@@ -6,22 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from pynar import reference
 from pynar.symbols import MASK
 from pynar.testing import tolerance
 
-BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
-
-
-def _write(path: Path, tensor: Tensor) -> None:
-    tensor = tensor.contiguous()
-    path.write_bytes(tensor.view(BITS.get(tensor.dtype, tensor.dtype)).numpy().tobytes())
-
-
-def _read(path: Path, like: Tensor) -> Tensor:
-    return torch.frombuffer(bytearray(path.read_bytes()), dtype=like.dtype).reshape(like.shape)
+from .files import read, write
 
 
 # 33 and 131 symbols: one short segment, rows that begin at no multiple of 16 bytes; 2100: two of
@@ -62,13 +52,13 @@ def test_kernels_match_reference_under_address_sanitizer(
         shifted = torch.cat([torch.full((offset,), torch.nan, dtype=dtype), logits.flatten()])
         names = ("logits", "tokens", "scores", "lengths", "num_masked")
         for name, tensor in zip(names, (shifted, *arguments[1:]), strict=True):
-            _write(tmp_path / name, tensor)
+            write(tmp_path / name, tensor)
         numbers = map(str, (batch, steps, vocabulary, offset, seed))
         command = [str(program), str(dtype).removeprefix("torch."), *numbers, str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         results.append(
-            (_read(tmp_path / "new_tokens", tokens), _read(tmp_path / "new_scores", scores))
+            (read(tmp_path / "new_tokens", tokens), read(tmp_path / "new_scores", scores))
         )
 
     for new_tokens, new_scores in results:

@@ -141,7 +141,10 @@ def test_stopping_without_early_stop_loses_no_hypothesis(beam: int, penalty: flo
             cache.position += 1
             return table[cache.position - 1, last].clone()
 
+        # The states are the log-probabilities themselves.
         model.step = step
+        model.best = lambda states, k=None: (*states.topk(k)[::-1], torch.zeros(len(states)))
+        model.log_prob = lambda states, tokens, lse: states.gather(1, tokens[:, None])[:, 0]
         found = strategy.decode(model, source, lengths)
         expected = slow_beam(
             lambda prefix, table=table: table[len(prefix), ([BOS, *prefix])[-1]].tolist(),
@@ -213,14 +216,7 @@ def test_the_first_n_of_the_beam_do_not_depend_on_n() -> None:
 
 def never_ending(model: AutoregressiveTransformer) -> AutoregressiveTransformer:
     """The same model, which finds an end most improbable."""
-    log_probs = model.log_probs
-
-    def unwilling(states: Tensor) -> Tensor:
-        return log_probs(states).index_add(
-            -1, torch.tensor([EOS]), torch.full((*states.shape[:-1], 1), -50.0)
-        )
-
-    model.log_probs = unwilling
+    model.exclusion[EOS] = -60.0
     return model
 
 
@@ -290,3 +286,32 @@ def test_finished_sentences_are_decoded_no_further() -> None:
 def test_senseless_options_are_refused_by_name(make, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("strategy", [Greedy, BeamSearch])
+def test_limits_from_both_sides_force_a_length(strategy) -> None:
+    model, (source, lengths) = make_model("autoregressive"), make_source(LENGTHS)
+    forced = strategy(max_ratio=0.0, max_extra=8, min_length=7).decode(model, source, lengths)
+    assert (forced.lengths == 7).all() and (forced.passes == 8).all()
+    assert (forced.scores > -torch.inf).all()
+    # Where both cannot be kept, the upper limit holds.
+    capped = strategy(max_ratio=0.0, max_extra=4, min_length=7).decode(model, source, lengths)
+    assert (capped.lengths == 3).all() and (capped.scores > -torch.inf).all()
+
+
+@torch.no_grad()
+def test_a_minimum_only_forbids_the_end() -> None:
+    model, (source, lengths) = make_model("autoregressive"), make_source(LENGTHS)
+    free = Greedy().decode(model, source, lengths)
+    found = Greedy(min_length=3).decode(model, source, lengths)
+    assert (free.lengths < 3).any()
+    for row, length in enumerate(LENGTHS):
+        if free.lengths[row, 0] >= 3:
+            assert found.lists()[row] == free.lists()[row]
+            continue
+        prefix: tuple[int, ...] = ()
+        for _ in range(3):
+            log_probs = next_log_probs(model, source[row, :length], prefix)
+            log_probs[EOS] = -torch.inf
+            prefix += (max(range(len(log_probs)), key=log_probs.__getitem__),)
+        assert found.lists()[row][0][:3] == list(prefix)

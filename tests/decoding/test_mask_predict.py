@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pynar.decoding import MaskPredict
 from pynar.models import CMLM
+from pynar.ops import linear_argmax
 from pynar.symbols import BOS, EOS, MASK, PAD, UNK
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,7 +63,7 @@ def test_decoding_is_the_slow_one(kind: str, iterations: int) -> None:
     strategy = MaskPredict(iterations, length_candidates=9, n_best=9, trace=True)
     found = strategy.decode(model, source, lengths)
     assert len(found.trace) == iterations
-    assert (found.passes == iterations).all()
+    assert (found.passes <= iterations).all() and (found.passes >= 1).all()
     for row, length in enumerate(LENGTHS):
         own = source[row, :length]
         results = [
@@ -117,9 +118,9 @@ class Watched:
         self.model, self.inputs, self.decode = model, [], model.decode
         model.decode = self
 
-    def __call__(self, tokens: Tensor, lengths: Tensor, memory) -> Tensor:
+    def __call__(self, tokens: Tensor, lengths: Tensor, memory, wanted=None) -> Tensor:
         self.inputs.append((tokens.clone(), lengths.clone()))
-        return self.decode(tokens, lengths, memory)
+        return self.decode(tokens, lengths, memory, wanted)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3, 10])
@@ -127,21 +128,26 @@ def test_n_iterations_are_n_passes_over_fewer_and_fewer_masks(iterations: int) -
     model, (source, lengths) = make_model("cmlm"), make_source(LENGTHS)
     watched = Watched(model)
     given = torch.tensor([[5, 1], [7, 2], [3, 12], [1, 1], [6, 4], [10, 11]])
-    MaskPredict(iterations).decode(model, source, lengths, target_lengths=given)
+    found = MaskPredict(iterations).decode(model, source, lengths, target_lengths=given)
     assert len(watched.inputs) == iterations
-    before = None
+    before = {}
     for done, (tokens, counts) in enumerate(watched.inputs):
-        assert counts.tolist() == given.flatten().tolist()
+        # floor(n (N - t) / N) after pass t; sentences without any have left, with all candidates
+        left = given * (iterations - done) // iterations
+        open_ = left.any(1)
+        assert counts.tolist() == given[open_].flatten().tolist()
         masked = tokens == MASK
-        # floor(n (N - t) / N) after pass t
-        expected = [n * (iterations - done) // iterations for n in counts.tolist()]
-        assert masked.sum(1).tolist() == expected
+        assert masked.sum(1).tolist() == left[open_].flatten().tolist()
         live = torch.arange(tokens.shape[1]) < counts[:, None]
         assert ((tokens == PAD) == ~live).all()
-        if before is not None:
-            kept = ~masked & (before != MASK)
-            assert torch.equal(tokens[kept], before[kept])
-        before = tokens
+        rows = torch.arange(12).view(6, 2)[open_].flatten().tolist()
+        for place, row in enumerate(rows):
+            if row in before:
+                kept = ~masked[place] & (before[row] != MASK)
+                assert torch.equal(tokens[place][kept], before[row][kept])
+            before[row] = tokens[place]
+    passes = [(given * (iterations - t) // iterations).any(1) for t in range(iterations)]
+    assert found.passes.tolist() == torch.stack(passes).sum(0).tolist()
 
 
 def test_the_encoder_runs_once() -> None:
@@ -154,18 +160,19 @@ def test_the_encoder_runs_once() -> None:
 
 @pytest.mark.parametrize("favoured", [PAD, BOS, EOS, MASK, (PAD, BOS, EOS, MASK)])
 @pytest.mark.parametrize("kind", ["cmlm", "nat-copy"])
-def test_no_special_symbol_is_produced_however_probable(kind: str, favoured) -> None:
+def test_no_special_symbol_is_produced_however_probable(
+    kind: str, favoured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, changes = MODELS[kind]
     model, (source, lengths) = make_model(name, **changes), make_source(LENGTHS)
     plain = MaskPredict(3, trace=True).decode(model, source, lengths)
-    logits = model.logits
 
-    def tempted(states: Tensor) -> Tensor:
-        values = logits(states)
-        values[..., favoured] = 1e4
-        return values
+    def tempted(states: Tensor, weight: Tensor, bias: Tensor, **options) -> tuple[Tensor, ...]:
+        bias = bias.clone()
+        bias[torch.tensor(favoured)] += 1e4
+        return linear_argmax(states, weight, bias, **options)
 
-    model.logits = tempted
+    monkeypatch.setattr("pynar.models.base.linear_argmax", tempted)
     found = MaskPredict(3, trace=True).decode(model, source, lengths)
     # They have no share in the probabilities either.
     assert_same(found, plain)
@@ -177,8 +184,7 @@ def test_no_special_symbol_is_produced_however_probable(kind: str, favoured) -> 
 
 def test_logits_that_are_not_numbers_end_as_unknown_words() -> None:
     model, (source, lengths) = make_model("cmlm"), make_source(LENGTHS)
-    logits = model.logits
-    model.logits = lambda states: logits(states) * torch.nan
+    model.exclusion.fill_(torch.nan)
     for rows in MaskPredict(3).decode(model, source, lengths).lists():
         assert set(rows[0]) == {UNK}
 
@@ -223,10 +229,33 @@ def test_more_candidates_never_lower_the_score() -> None:
 def test_learned_positions_bound_the_lengths_instead_of_failing() -> None:
     model = make_model("cmlm", positions="learned", max_length=20, length_classes=40)
     source, lengths = make_source(LENGTHS)
-    found = MaskPredict(2, length_candidates=40, n_best=40).decode(model, source, lengths)
+    found = MaskPredict(2, length_candidates=40, n_best=40, max_extra=20).decode(
+        model, source, lengths
+    )
     real = found.scores > -torch.inf
     for row in range(len(LENGTHS)):
         assert sorted(found.lengths[row][real[row]].tolist()) == list(range(1, 21))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("ratio,extra", [(0.0, 0), (0.0, 3), (0.5, 1), (1.0, 0), (2.0, 10)])
+def test_no_hypothesis_is_longer_than_its_own_source_allows(
+    kind: str, ratio: float, extra: int
+) -> None:
+    name, changes = MODELS[kind]
+    model, (source, lengths) = make_model(name, **changes), make_source([*LENGTHS, 12])
+    found, free = (
+        MaskPredict(2, 12, n_best=12, max_ratio=r, max_extra=x).decode(model, source, lengths)
+        for r, x in ((ratio, extra), (9.0, 99))
+    )
+    possible = found.scores > -torch.inf
+    for row, length in enumerate(lengths.tolist()):
+        limit = max(int(ratio * length) + extra, 1)
+        there = sorted(found.lengths[row][possible[row]].tolist())
+        known = sorted(free.lengths[row][free.scores[row] > -torch.inf].tolist())
+        # The limit itself, where the model knows only greater lengths.
+        assert there == ([x for x in known if x <= limit] or [limit])
+        assert (found.lengths[row] <= limit).all()
 
 
 def test_vanilla_nat_decodes_in_one_pass_by_default() -> None:
@@ -243,6 +272,8 @@ def test_vanilla_nat_decodes_in_one_pass_by_default() -> None:
     [
         ({"iterations": 0}, "MaskPredict: `iterations` must be positive, got 0"),
         ({"length_prior": -1.0}, "MaskPredict: `length_prior` must not be negative, got -1.0"),
+        ({"max_ratio": -0.5}, "MaskPredict: `max_ratio` must not be negative, got -0.5"),
+        ({"max_extra": -1}, "MaskPredict: `max_extra` must not be negative, got -1"),
         ({"length_candidates": -1}, "MaskPredict: `length_candidates` must be positive, got -1"),
         ({"n_best": 0}, "MaskPredict: `n_best` must be positive, got 0"),
         ({"n_best": 6}, r"`n_best` must be at most `length_candidates` \(5\), got 6"),

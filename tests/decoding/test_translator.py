@@ -168,7 +168,7 @@ def test_a_long_line_is_its_pieces_of_whole_words_joined(lines, tokenizer) -> No
     parts = translator.decode(pieces)
     score = sum(part.score for part in parts) / len(parts)
     text = " ".join(part.text for part in parts)
-    passes = 10 * len(parts)
+    passes = sum(part.passes for part in parts)
     assert_alike([result], [Translation(text, score, passes, [(text, score)])])
     assert_alike([before, after], translator.decode(lines[:2]))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -7,9 +8,14 @@ import pytest
 import torch
 
 from pynar.data import Corpus, Manifest, Tokenizer, prepare, verify
-from pynar.decoding import Greedy, Sampling, Translator
+from pynar.decoding import BeamSearch, Greedy, Sampling, Translator
+from pynar.decoding.ctranslate2 import CTranslate2Translator
 from pynar.distill import distill
 from pynar.models import build
+
+needs_ctranslate2 = pytest.mark.skipif(
+    importlib.util.find_spec("ctranslate2") is None, reason="the extra `ctranslate2` is missing"
+)
 
 PAIRS = [(f"{a} and {b}", f"{b} {a}") for a in "abcdefgh" for b in "stuvwxyz"]
 
@@ -152,3 +158,38 @@ def test_the_manifest_names_the_teachers_weights(data, teacher, tmp_path):
     digests = [m.options["distilled"]["teacher"] for m in (first, again, other)]
     assert digests[0] == digests[1] != digests[2]
     assert json.loads((tmp_path / "a" / "manifest.json").read_text())["options"]["distilled"]
+
+
+def test_the_manifest_names_the_engine(data, teacher, tmp_path):
+    manifest = distill(teacher, data, tmp_path / "out", Greedy(max_extra=1))
+    engine = manifest.options["distilled"]["engine"]
+    assert engine == teacher.engine and engine["name"] == "pynar"
+
+
+@needs_ctranslate2
+@pytest.mark.parametrize("strategy", [Greedy(max_extra=3), BeamSearch(3, max_extra=3)])
+def test_another_engine_writes_the_same_corpus(data, teacher, strategy, tmp_path):
+    engine = CTranslate2Translator.of(teacher, compute_type="float32", threads=1)
+    manifest = distill(engine, data, tmp_path / "out", strategy, shard_size=10, max_tokens=50)
+    assert _pairs(tmp_path / "out") == _expected(teacher, data, strategy)
+    facts = verify(tmp_path / "out").options["distilled"]
+    assert facts == manifest.options["distilled"]
+    assert facts["engine"] == engine.engine
+    assert facts["engine"]["name"] == "ctranslate2" and facts["engine"]["version"]
+    assert facts["engine"]["compute_type"] == "float32"
+    assert facts["teacher"] == teacher.digest
+
+
+@needs_ctranslate2
+def test_shards_of_another_engine_are_refused(data, teacher, tmp_path):
+    arguments = (data, tmp_path / "out", Greedy(max_extra=3))
+    engine = CTranslate2Translator.of(teacher, compute_type="float32", threads=1)
+    distill(engine, *arguments, shard_size=10, rank=1, world_size=2)
+    with pytest.raises(ValueError, match="made with another engine;"):
+        distill(teacher, *arguments, shard_size=10)
+    with pytest.raises(ValueError, match="made with another engine;"):
+        other = CTranslate2Translator.of(teacher, compute_type="int8", threads=1)
+        distill(other, *arguments, shard_size=10)
+    assert distill(engine, *arguments, shard_size=10, rank=0, world_size=2) is not None
+    with pytest.raises(ValueError, match="must be Greedy or BeamSearch, got Sampling"):
+        distill(engine, data, tmp_path / "other", Sampling())

@@ -46,7 +46,7 @@ def test_score_is_the_sum_of_stepwise_and_of_full_prefix_log_probabilities(kind:
         stepwise, whole = 0.0, 0.0
         for place, token in enumerate([*tokens, EOS]):
             last = torch.tensor([BOS if place == 0 else tokens[place - 1]])
-            log_probs = model.step(last, memory, cache)[0]
+            log_probs = model.log_probs(model.step(last, memory, cache))[0]
             expected = next_log_probs(model, source, tokens[:place])
             torch.testing.assert_close(log_probs, expected.float(), **CLOSE)
             stepwise, whole = stepwise + log_probs[token], whole + expected[token]
@@ -70,6 +70,9 @@ def test_score_can_be_trained_on() -> None:
     score = model.score(batch.source, batch.source_lengths, batch.target, batch.target_lengths)
     score.sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    with torch.no_grad():
+        again = model.score(batch.source, batch.source_lengths, batch.target, batch.target_lengths)
+    torch.testing.assert_close(again, score, **CLOSE)
 
 
 @torch.no_grad()

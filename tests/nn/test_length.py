@@ -108,6 +108,26 @@ def test_lengths_the_model_has_no_positions_for_are_never_predicted() -> None:
     assert sorted(possible.tolist()) == list(range(1, 8)) and lengths.max() == 7
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_limits_hold_for_each_sentence(kind: str) -> None:
+    layer, states = make(kind, 6), torch.randn(4, 9, 8)
+    source_lengths, limits = torch.tensor([2, 9, 5, 9]), torch.tensor([1, 7, 99, 2])
+    lengths, log_probs = layer.predict(states, source_lengths, 6, limits)
+    free = layer.predict(states, source_lengths, 6)
+    for b, limit in enumerate(limits.tolist()):
+        pairs = zip(free[0][b].tolist(), free[1][b].tolist(), strict=True)
+        known = {x: p for x, p in pairs if p > -torch.inf}
+        possible = log_probs[b] > -torch.inf
+        found = dict(
+            zip(lengths[b][possible].tolist(), log_probs[b][possible].tolist(), strict=True)
+        )
+        # What is left keeps its probability; of nothing but greater lengths, the limit is left.
+        most = max(limit, min(known))
+        expected = {min(x, limit): p for x, p in known.items() if x <= most}
+        assert found == pytest.approx(expected)
+        assert (lengths[b] <= limit).all() and (lengths[b] >= 1).all()
+
+
 def test_padding_is_inert_even_where_it_is_not_a_number() -> None:
     layer, states = make("absolute", 6), torch.randn(2, 5, 8)
     lengths = torch.tensor([2, 4])

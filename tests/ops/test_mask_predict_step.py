@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pynar import _backend, reference
+from pynar import reference
 from pynar.ops import mask_predict_step
 from pynar.symbols import BOS, EOS, MASK, PAD, UNK
 from pynar.testing import tolerance
@@ -57,16 +56,6 @@ def assert_identical(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) ->
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.fixture
-def extension() -> Iterator[Any]:
-    module = _backend.extension()
-    if module is None:
-        pytest.skip(_backend.why_not_extension())
-    level = module.simd_level()
-    yield module
-    module.set_simd_level(level)
-
-
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize(
     ("batch", "steps", "vocabulary"),
@@ -80,11 +69,8 @@ def test_matches_reference(
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
-def test_every_simd_level_matches_reference(level: str, dtype: torch.dtype, extension: Any) -> None:
-    if level not in extension.simd_levels():
-        pytest.skip(f"{level} cannot run here")
-    extension.set_simd_level(level)
+@pytest.mark.usefixtures("simd_level")
+def test_every_simd_level_matches_reference(dtype: torch.dtype) -> None:
     for vocabulary in (7, 63, 64, 65, 128, 129, 1300):
         arguments = make_arguments(3, 7, vocabulary, dtype=dtype)
         assert_same(mask_predict_step(*arguments), reference.mask_predict_step(*arguments))

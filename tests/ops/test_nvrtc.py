@@ -11,23 +11,52 @@ import pytest
 from pynar import _backend
 from pynar.ops import _nvrtc
 
+DTYPES = ("float", "double", "pynar::BFloat16", "pynar::Half")
+
+
+def _attention(rows: tuple[str, ...], tiles: tuple[str, ...]) -> list[str]:
+    by_row = [f"pynar::interval_attention_{k}<{dtype}, 128>" for k in rows for dtype in DTYPES]
+    by_tile = [
+        f"pynar::interval_attention_{k}<{dtype}, {dim}>"
+        for k in tiles
+        for dtype, dim in (
+            ("pynar::BFloat16", 32),
+            ("pynar::BFloat16", 64),
+            ("pynar::Half", 96),
+            ("pynar::Half", 128),
+        )
+    ]
+    return by_row + by_tile
+
+
 EVERY_KERNEL = [
+    ("attention/interval_attention.cuh", _attention(("rows",), ("tiles",))),
+    (
+        "attention/interval_attention_backward.cuh",
+        _attention(
+            ("delta", "hulls", "grad_q_rows", "grad_kv_rows"), ("grad_q_tiles", "grad_kv_tiles")
+        ),
+    ),
     (
         "decoding/mask_predict_step.cuh",
         [
             f"pynar::mask_predict_{kernel}<{dtype}, {threads}>"
-            for dtype in ("float", "double", "pynar::BFloat16", "pynar::Half")
+            for dtype in DTYPES
             for kernel, threads in (("partials", 64), ("partials", 256), ("finish", 128))
         ],
     ),
+    (
+        "linear/linear_argmax.cuh",
+        [
+            *(
+                f"pynar::linear_argmax_partials<{dtype}, {most}>"
+                for dtype in ("float", "pynar::BFloat16", "pynar::Half")
+                for most in (1, 16)
+            ),
+            "pynar::linear_argmax_finish<128>",
+        ],
+    ),
 ]
-
-
-@pytest.fixture
-def extension() -> Any:
-    if _backend.extension() is None:
-        pytest.skip(_backend.why_not_extension())
-    return _backend.extension()
 
 
 def _compile(source: str, kernels: list[str]) -> None:
@@ -48,7 +77,8 @@ def test_every_source_is_covered() -> None:
     folder = _backend.device_sources()
     assert folder is not None
     sources = {str(path.relative_to(folder)) for path in folder.glob("*/*.cuh")}
-    assert sources - {"common/device.cuh"} == {source for source, _ in EVERY_KERNEL}
+    sources = {source for source in sources if not source.startswith("common/")}
+    assert sources == {source for source, _ in EVERY_KERNEL}
 
 
 @pytest.mark.parametrize(
@@ -125,3 +155,82 @@ def test_plan_names_kernels_and_carries_parameters(extension: Any) -> None:
     assert fields[11:13] == (steps * vocabulary, vocabulary)
     assert fields[-1] == 1
     _compile(plan.source, [kernel for kernel, _, _ in plan.kernels])
+
+
+def test_plan_of_linear_argmax(extension: Any) -> None:
+    rows, channels, vocabulary = 70, 24, 3000
+    integer, unsigned, floating, bfloat = 0, 1, 2, 4
+    for k, most, offset, aligned in ((1, 1, 0, 1), (5, 16, 2, 0)):
+        size = extension.linear_argmax_workspace(rows, vocabulary, k)
+        assert size == rows * 2 * 24 * 8 * (1 + k)
+        x, weight, bias, tokens, log_probs, lse, workspace = (
+            _OnGpu(0x1000, (rows, channels), bfloat, 16),
+            _OnGpu(0x2000 + offset, (vocabulary, channels), bfloat, 16),
+            _OnGpu(0x3000, (vocabulary,), floating, 32),
+            _OnGpu(0x4000, (rows, k), integer, 64),
+            _OnGpu(0x5000, (rows, k), floating, 32),
+            _OnGpu(0x6000, (rows,), floating, 32),
+            _OnGpu(0x10000, (size,), unsigned, 8),
+        )
+        arguments = (x, weight, None, None, bias, vocabulary, k, tokens, log_probs, lse)
+        extension.set_use_nvrtc(True)
+        try:
+            plan = extension.linear_argmax(*arguments, workspace)
+            with pytest.raises(
+                ValueError, match="linear_argmax: `workspace` must be given on cuda"
+            ):
+                extension.linear_argmax(*arguments, None)
+        finally:
+            extension.set_use_nvrtc(False)
+        assert plan.kernels == [
+            (f"pynar::linear_argmax_partials<pynar::BFloat16, {most}>", 2 * 24, 128),
+            ("pynar::linear_argmax_finish<128>", 18, 128),
+        ]
+        fields = struct.unpack(f"<{len(plan.parameters) // 8}q", plan.parameters)
+        assert fields == (
+            *(0x1000, 0x2000 + offset, 0x3000, 0x10000, 0x10000 + rows * 2 * 24 * 8),
+            *(0x4000, 0x5000, 0x6000),
+            *(rows, channels, vocabulary, k, 24, channels, channels, aligned),
+        )
+
+
+@pytest.mark.parametrize(("queries", "form"), [(70, "tiles"), (2, "rows")])
+def test_attention_plans_name_kernels_and_carry_parameters(
+    extension: Any, queries: int, form: str
+) -> None:
+    heads, keys, dim = 3, 80, 40
+    bfloat, integer, floating, unsigned = 4, 0, 2, 1
+    q = _OnGpu(0x1000, (queries, heads, dim), bfloat, 16)
+    k = _OnGpu(0x2000, (keys, heads, dim), bfloat, 16)
+    v = _OnGpu(0x3000, (keys, heads, dim), bfloat, 16)
+    intervals = _OnGpu(0x4000, (queries, 2, 2), integer, 32)
+    out = _OnGpu(0x5000, (queries, heads, dim), bfloat, 16)
+    lse = _OnGpu(0x6000, (queries, heads), floating, 32)
+    size = extension.interval_attention_backward_workspace(1, heads, queries, 2)
+    workspace = _OnGpu(0x7000, (size,), unsigned, 8)
+    extension.set_use_nvrtc(True)
+    try:
+        forward = extension.interval_attention(q, k, v, intervals, 0.5, out, lse)
+        backward = extension.interval_attention_backward(
+            out, q, k, v, intervals, out, lse, 0.5, q, k, v, workspace
+        )
+    finally:
+        extension.set_use_nvrtc(False)
+    argument = 64 if form == "tiles" else 128
+    blocks = heads * 2 if form == "tiles" else heads * 2 // 4 + 1
+    ending = f"{form}<pynar::BFloat16, {argument}>"
+    assert forward.kernels == [(f"pynar::interval_attention_{ending}", blocks, 128)]
+    names = [kernel for kernel, _, _ in backward.kernels]
+    assert names == [
+        "pynar::interval_attention_delta<pynar::BFloat16, 128>",
+        "pynar::interval_attention_hulls<pynar::BFloat16, 128>",
+        f"pynar::interval_attention_grad_q_{ending}",
+        f"pynar::interval_attention_grad_kv_{ending}",
+    ]
+    fields = struct.unpack(f"<{len(forward.parameters) // 8}q", forward.parameters)
+    assert fields[:4] == (0x1000, 0, dim, heads * dim)
+    assert fields[12:16] == (0x4000, 0, 4, 2)
+    assert fields[24:30] == (1, heads, queries, keys, dim, 2)
+    assert struct.unpack("<d", forward.parameters[-16:-8]) == (0.5,)
+    assert fields[-1] == 1
+    _compile(backward.source, names)

@@ -1,0 +1,269 @@
+#include "attention/interval_tiles.h"
+
+#include <algorithm>
+#include <span>
+#include <string>
+
+namespace pynar {
+namespace {
+
+// The intervals of a query that are not empty, as they come.
+Ranges<kMaxIntervals> read(const IntervalView& view, int64_t b, int64_t t) {
+  Ranges<kMaxIntervals> row;
+  const int32_t* p = view.data + b * view.stride_b + t * view.stride_t;
+  for (int64_t r = 0; r < view.num_intervals; ++r, p += view.stride_r) {
+    if (p[0] < p[1]) row.range[row.count++] = {p[0], p[1]};
+  }
+  return row;
+}
+
+// Sorts ranges and joins those that touch.
+template <typename Iterator>
+Iterator normalise(Iterator first, Iterator last) {
+  if (last - first < 2) return last;
+  std::sort(first, last, [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  Iterator out = first;
+  for (Iterator i = first + 1; i != last; ++i) {
+    if (i->begin <= out->end) {
+      out->end = std::max(out->end, i->end);
+    } else {
+      *++out = *i;
+    }
+  }
+  return out + 1;
+}
+
+template <int kCapacity>
+void normalise(Ranges<kCapacity>& ranges) {
+  ranges.count =
+      static_cast<int>(normalise(ranges.range, ranges.range + ranges.count) - ranges.range);
+}
+
+bool equal(const Ranges<kMaxIntervals>& a, const Ranges<kMaxIntervals>& b) {
+  if (a.count != b.count) return false;
+  for (int i = 0; i < a.count; ++i) {
+    if (a.range[i].begin != b.range[i].begin || a.range[i].end != b.range[i].end) return false;
+  }
+  return true;
+}
+
+int64_t length(const Ranges<kMaxIntervals>& row) {
+  int64_t sum = 0;
+  for (const Range& range : row) sum += range.end - range.begin;
+  return sum;
+}
+
+int64_t overlap(const Ranges<kMaxIntervals>& a, const Ranges<kMaxIntervals>& b) {
+  int64_t sum = 0;
+  for (const Range& x : a) {
+    for (const Range& y : b) {
+      sum += std::max<int64_t>(0, std::min(x.end, y.end) - std::max(x.begin, y.begin));
+    }
+  }
+  return sum;
+}
+
+// What packing a tile's keys, and planning it, cost in queries.
+constexpr int64_t kTileCost = 3;
+
+void finish(RowBlock& block, int64_t rows) {
+  block.runs.count = 0;
+  block.mixed = false;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (const Range& range : block.seen[r]) block.runs.range[block.runs.count++] = range;
+    block.mixed = block.mixed || (r > 0 && !equal(block.seen[r], block.seen[0]));
+  }
+  normalise(block.runs);
+  block.groups.count = 0;
+  for (const Range& run : block.runs) {
+    const Range groups{run.begin / kKeyGroup, (run.end + kKeyGroup - 1) / kKeyGroup};
+    const int n = block.groups.count;
+    if (n > 0 && groups.begin <= block.groups.range[n - 1].end) {
+      block.groups.range[n - 1].end = groups.end;
+    } else {
+      block.groups.range[block.groups.count++] = groups;
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    auto& gaps = block.gaps[r];
+    gaps.count = 0;
+    const Range* next = block.seen[r].begin();
+    for (const Range& groups : block.groups) {
+      int64_t at = groups.begin * kKeyGroup;
+      const int64_t end = groups.end * kKeyGroup;
+      for (; next != block.seen[r].end() && next->begin < end; ++next) {
+        if (at < next->begin) gaps.range[gaps.count++] = {at, next->begin};
+        at = next->end;
+      }
+      if (at < end) gaps.range[gaps.count++] = {at, end};
+    }
+  }
+}
+
+}  // namespace
+
+TileList::TileList(const Check& check, const IntervalView& view) {
+  tiles_.reserve(view.batch * view.queries / 8 + view.batch);
+  for (int64_t b = 0; b < view.batch; ++b) {
+    constexpr Range kNothing{0, 0};
+    Ranges<kMaxIntervals> previous;
+    int64_t longest = 0;
+    int64_t sum = 0;
+    TileSpan tile{b, 0, 0, true, total_, kNothing};
+    const auto close = [&] {
+      if (tile.rows == 0) return;
+      tiles_.push_back(tile);
+      total_ += sum + kTileCost * longest + 1;
+    };
+    for (int64_t t = 0; t < view.queries; ++t) {
+      const Ranges<kMaxIntervals> row = read(view, b, t);
+      for (const Range& range : row) {
+        if (range.begin >= 0 && range.end <= view.keys) continue;
+        check.fail("intervals", "lie in [0, " + std::to_string(view.keys) + "]",
+                   "[" + std::to_string(range.begin) + ", " + std::to_string(range.end) +
+                       ") (sentence " + std::to_string(b) + ", query " + std::to_string(t) + ")");
+      }
+      const int64_t keys = length(row);
+      const bool same = tile.rows > 0 && equal(row, previous);
+      const bool joins =
+          tile.rows > 0 && tile.rows < kMaxRows &&
+          (same || (keys > 0 && 2 * overlap(row, previous) >= std::max(keys, length(previous))));
+      if (!joins) {
+        close();
+        tile = {b, t, 0, true, total_, kNothing};
+        longest = sum = 0;
+      }
+      tile.uniform = tile.rows == 0 || (tile.uniform && same);
+      ++tile.rows;
+      for (const Range& range : row) {
+        const bool first = tile.hull.end == 0;
+        tile.hull.begin = first ? range.begin : std::min(tile.hull.begin, range.begin);
+        tile.hull.end = std::max(tile.hull.end, range.end);
+      }
+      sum += keys;
+      longest = std::max(longest, keys);
+      previous = row;
+    }
+    close();
+  }
+}
+
+TileFamilies::TileFamilies(const TileList& list, const IntervalView& view) {
+  std::vector<const TileSpan*> sorted;
+  for (const TileSpan& tile : list.tiles()) sorted.push_back(&tile);
+  // Tiles without keys end up in front, in the family of whatever comes first.
+  std::stable_sort(sorted.begin(), sorted.end(), [](const TileSpan* x, const TileSpan* y) {
+    return x->b != y->b ? x->b < y->b : x->hull.begin < y->hull.begin;
+  });
+  auto next = sorted.begin();
+  for (int64_t b = 0; b < view.batch; ++b) {
+    families_.push_back({b, {0, view.keys}, {}, 0});
+    int64_t end = 0;
+    for (; next != sorted.end() && (*next)->b == b; ++next) {
+      const Range hull = (*next)->hull;
+      if (end > 0 && hull.begin >= end) {
+        families_.back().keys.end = hull.begin;
+        families_.push_back({b, {hull.begin, view.keys}, {}, 0});
+      }
+      end = std::max(end, hull.end);
+      families_.back().tiles.push_back(*next);
+    }
+  }
+  for (TileFamily& family : families_) {
+    std::sort(family.tiles.begin(), family.tiles.end());
+    family.begin = total_;
+    total_ += 1 + family.keys.end - family.keys.begin;
+    for (const TileSpan* tile : family.tiles) {
+      const bool last = tile == &list.tiles().back();
+      total_ += (last ? list.total() : tile[1].begin) - tile->begin;
+    }
+  }
+}
+
+void TilePlan::set_keys(const std::vector<Range>& segments) {
+  num_keys_ = 0;
+  for (const Range& segment : segments) num_keys_ += segment.end - segment.begin;
+  keys_.resize((num_keys_ + kKeyGroup - 1) / kKeyGroup * kKeyGroup);
+  int64_t* at = keys_.data();
+  for (const Range& segment : segments) {
+    for (int64_t key = segment.begin; key < segment.end; ++key) *at++ = key;
+  }
+  std::fill(at, keys_.data() + keys_.size(), num_keys_ > 0 ? at[-1] : 0);
+}
+
+void TilePlan::build(const IntervalView& view, const TileSpan& tile) {
+  uniform_ = tile.uniform;
+  segments_.clear();
+  if (uniform_) {
+    Ranges<kMaxIntervals> row = read(view, tile.b, tile.first);
+    normalise(row);
+    segments_.assign(row.begin(), row.end());
+    set_keys(segments_);
+    if (blocks_.empty()) blocks_.resize(1);
+    RowBlock& block = blocks_[0];
+    for (Ranges<kMaxIntervals>& seen : block.seen) {
+      seen.count = num_keys_ > 0;
+      seen.range[0] = {0, num_keys_};
+    }
+    finish(block, kBlockRows);
+    return;
+  }
+  rows_.resize(tile.rows);
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    rows_[r] = read(view, tile.b, tile.first + r);
+    normalise(rows_[r]);
+    segments_.insert(segments_.end(), rows_[r].begin(), rows_[r].end());
+  }
+  segments_.erase(normalise(segments_.begin(), segments_.end()), segments_.end());
+  set_keys(segments_);
+  segment_positions_.clear();
+  int64_t position = 0;
+  for (const Range& segment : segments_) {
+    segment_positions_.push_back(position);
+    position += segment.end - segment.begin;
+  }
+  const int64_t num_blocks = (tile.rows + kBlockRows - 1) / kBlockRows;
+  if (static_cast<int64_t>(blocks_.size()) < num_blocks) blocks_.resize(num_blocks);
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    const int64_t rows = std::min<int64_t>(kBlockRows, tile.rows - i * kBlockRows);
+    for (int64_t r = 0; r < rows; ++r) {
+      Ranges<kMaxIntervals>& seen = blocks_[i].seen[r];
+      seen = rows_[i * kBlockRows + r];
+      for (Range& range : std::span(seen.range, seen.count)) {
+        const auto segment =
+            std::upper_bound(segments_.begin(), segments_.end(), range.begin,
+                             [](int64_t key, const Range& s) { return key < s.begin; }) -
+            segments_.begin() - 1;
+        const int64_t shift = segment_positions_[segment] - segments_[segment].begin;
+        range.begin += shift;
+        range.end += shift;
+      }
+      // Ranges that lie apart among all keys can touch among those of the tile.
+      normalise(seen);
+    }
+    finish(blocks_[i], rows);
+  }
+}
+
+void TilePlan::build_group_rows(int64_t rows) {
+  group_rows_.clear();
+  group_starts_.assign(1, 0);
+  for (int64_t g = 0; g < num_groups(); ++g) {
+    const size_t first = group_rows_.size();
+    for (int64_t r = 0; r < rows; r += kBlockRows) {
+      const RowBlock& block = blocks_[uniform_ ? 0 : r / kBlockRows];
+      const bool holds = std::any_of(block.groups.begin(), block.groups.end(),
+                                     [g](const Range& x) { return x.begin <= g && g < x.end; });
+      if (!holds) continue;
+      const int64_t end = std::min(rows, r + kBlockRows);
+      if (group_rows_.size() > first && group_rows_.back().end == r) {
+        group_rows_.back().end = end;
+      } else {
+        group_rows_.push_back({r, end});
+      }
+    }
+    group_starts_.push_back(static_cast<int64_t>(group_rows_.size()));
+  }
+}
+
+}  // namespace pynar

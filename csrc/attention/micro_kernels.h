@@ -1,0 +1,277 @@
+// The inner loops of interval attention on the CPU, forward and backward. For files that are
+// compiled once per instruction set.
+//
+// Every sum runs over its terms in order, one multiply-add after the other, so that its value does
+// not depend on what is computed beside it.
+#pragma once
+
+#include "attention/interval_tiles.h"
+#include "common/simd.h"
+
+namespace pynar::PYNAR_ISA {
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Calls body(Constant<n>()) for n in [1, kMost].
+template <int kMost, typename Body>
+inline void with_constant(int64_t n, const Body& body) {
+  if constexpr (kMost > 1) {
+    if (n < kMost) return with_constant<kMost - 1>(n, body);
+  }
+  body(Constant<kMost>());
+}
+
+template <typename A>
+constexpr int kGroupVectors = kKeyGroup / Simd<A>::kLanes;
+
+// Accumulators must fit into the registers: 32 with AVX-512, 16 otherwise.
+template <typename A>
+constexpr int kMaxGroups = Simd<A>::kLanes == 16 ? 4 : 1;
+template <typename A>
+constexpr int kMaxVectors = Simd<A>::kLanes == 16 ? 4 : 2;
+
+// Calls body(first, Constant<vectors>()) for the parts of `width` channels that fit into registers.
+template <typename A, typename Body>
+inline void for_each_part(int64_t width, const Body& body) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  for (int64_t c = 0; c < width;) {
+    const int64_t vectors = (width - c) / kLanes;
+    const int64_t take = vectors < kMaxVectors<A> ? vectors : kMaxVectors<A>;
+    with_constant<kMaxVectors<A>>(take, [&](auto count) { body(c, count); });
+    c += take * kLanes;
+  }
+}
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// The rows of a group of keys, and of the last one again where the list ends.
+template <typename T>
+struct GroupRows {
+  const T* row[kKeyGroup];
+
+  GroupRows(const T* x, int64_t stride, const int64_t* keys) {
+    for (int i = 0; i < kKeyGroup; ++i) row[i] = x + keys[i] * stride;
+  }
+};
+
+// Asks for the rows of a group ahead of their use. Heads lie side by side, so that the rows of one
+// head are too short and too far apart for the processor to see them coming.
+template <typename T>
+inline void prefetch(const GroupRows<T>& group, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int i = 0; i < kKeyGroup; ++i) {
+    for (int64_t c = 0; c < dim; c += kLine) __builtin_prefetch(group.row[i] + c);
+  }
+}
+
+// Calls body(c, v, column) for each channel c and vector v of a group with the keys' values.
+template <typename A, typename T, typename Body>
+inline void for_each_column(const GroupRows<T>& group, int64_t dim, const Body& body) {
+  using Load = Columns<A, T>;
+  constexpr int kLanes = Simd<A>::kLanes;
+  int64_t c = 0;
+  for (; c + Load::kCount <= dim; c += Load::kCount) {
+    for (int v = 0; v < kGroupVectors<A>; ++v) {
+      Simd<A> column[Load::kCount];
+      Load::load(group.row + v * kLanes, c, column);
+      for (int i = 0; i < Load::kCount; ++i) body(c + i, v, column[i]);
+    }
+  }
+  for (; c < dim; ++c) {
+    for (int v = 0; v < kGroupVectors<A>; ++v) {
+      A lane[kLanes];
+      for (int i = 0; i < kLanes; ++i) lane[i] = to_accumulation(group.row[v * kLanes + i][c]);
+      body(c, v, Simd<A>::load(lane));
+    }
+  }
+}
+
+// packed[channel][key of the group]
+template <typename A, typename T>
+inline void pack_transposed(const GroupRows<T>& group, int64_t dim, A* packed) {
+  for_each_column<A>(group, dim, [&](int64_t c, int v, Simd<A> column) {
+    column.store(packed + c * kKeyGroup + v * Simd<A>::kLanes);
+  });
+}
+
+// packed[row][channel], rows filled up with zeros
+template <typename A, typename T>
+inline void pack_rows(const T* x, int64_t stride, const int64_t* keys, int64_t num_rows,
+                      int64_t dim, A* packed, int64_t packed_stride) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  for (int64_t i = 0; i < num_rows; ++i, packed += packed_stride) {
+    const T* row = x + (keys != nullptr ? keys[i] : i) * stride;
+    int64_t c = 0;
+    for (; c + kLanes <= dim; c += kLanes) Simd<A>::load(row + c).store(packed + c);
+    for (; c < dim; ++c) packed[c] = to_accumulation(row[c]);
+    for (; c < packed_stride; ++c) packed[c] = 0;
+  }
+}
+
+// scores[r][j] = scale * x[r] . y[j] for kRows rows of x and kGroups groups of transposed rows y
+template <int kRows, int kGroups, typename A>
+inline void score_packed(const A* x, int64_t x_stride, const A* y, int64_t dim, A scale, A* scores,
+                         int64_t scores_stride) {
+  using Vector = Simd<A>;
+  constexpr int kPer = kGroupVectors<A>;
+  constexpr int kVectors = kGroups * kPer;
+  Vector sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::broadcast(0);
+  }
+  for (int64_t c = 0; c < dim; ++c) {
+    Vector column[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      column[v] = Vector::load(y + ((v / kPer) * dim + c) * kKeyGroup + v % kPer * Vector::kLanes);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const Vector factor = Vector::broadcast(x[r * x_stride + c]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(factor, column[v], sum[r][v]);
+    }
+  }
+  const Vector by = Vector::broadcast(scale);
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      mul(sum[r][v], by).store(scores + r * scores_stride + v * Vector::kLanes);
+    }
+  }
+}
+
+// The same for one group of rows y as they are, without a transposed copy.
+template <int kRows, typename A, typename T>
+inline void score_direct(const A* x, int64_t x_stride, const GroupRows<T>& y, int64_t dim, A scale,
+                         A* scores, int64_t scores_stride) {
+  using Vector = Simd<A>;
+  Vector sum[kRows][kGroupVectors<A>];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kGroupVectors<A>; ++v) sum[r][v] = Vector::broadcast(0);
+  }
+  for_each_column<A>(y, dim, [&](int64_t c, int v, Vector column) {
+    for (int r = 0; r < kRows; ++r) {
+      sum[r][v] = multiply_add(Vector::broadcast(x[r * x_stride + c]), column, sum[r][v]);
+    }
+  });
+  const Vector by = Vector::broadcast(scale);
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kGroupVectors<A>; ++v) {
+      mul(sum[r][v], by).store(scores + r * scores_stride + v * Vector::kLanes);
+    }
+  }
+}
+
+// score_packed() over runs of groups; `scores` and `y` begin at group 0.
+template <int kRows, int kCapacity, typename A>
+inline void score_groups(const Ranges<kCapacity>& runs, const A* x, int64_t x_stride, const A* y,
+                         int64_t dim, A scale, A* scores, int64_t scores_stride) {
+  for (int i = 0; i < runs.count; ++i) {
+    for (int64_t g = runs.range[i].begin; g < runs.range[i].end;) {
+      const int64_t left = runs.range[i].end - g;
+      const int64_t take = left < kMaxGroups<A> ? left : kMaxGroups<A>;
+      with_constant<kMaxGroups<A>>(take, [&](auto count) {
+        score_packed<kRows, decltype(count)::value>(x, x_stride, y + g * dim * kKeyGroup, dim,
+                                                    scale, scores + g * kKeyGroup, scores_stride);
+      });
+      g += take;
+    }
+  }
+}
+
+// out[r][c] = sum_j weights[r][j] y[j][c], and sums[r] = sum_j weights[r][j], over the positions j
+// of `runs`, for kRows rows and kVectors vectors of channels. `keys` gives the row of y at a
+// position; null where that is the position itself.
+template <int kRows, int kVectors, typename A, typename S>
+inline void weighted_sum(const A* weights, int64_t weights_stride, const S* y, int64_t y_stride,
+                         const int64_t* keys, const Range* first_run, const Range* last_run, A* out,
+                         int64_t out_stride, A* sums) {
+  using Vector = Simd<A>;
+  Vector sum[kRows][kVectors];
+  Vector total[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    total[r] = Vector::broadcast(0);
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::broadcast(0);
+  }
+  for (const Range* run = first_run; run != last_run; ++run) {
+    for (int64_t j = run->begin; j < run->end; ++j) {
+      const S* row = y + (keys != nullptr ? keys[j] : j) * y_stride;
+      Vector value[kVectors];
+      for (int v = 0; v < kVectors; ++v) value[v] = Vector::load(row + v * Vector::kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        const Vector weight = Vector::broadcast(weights[r * weights_stride + j]);
+        total[r] = add(total[r], weight);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(weight, value[v], sum[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    A lanes[Vector::kLanes];
+    total[r].store(lanes);
+    sums[r] = lanes[0];
+    for (int v = 0; v < kVectors; ++v) sum[r][v].store(out + r * out_stride + v * Vector::kLanes);
+  }
+}
+
+// weighted_sum() over `width` channels, a multiple of the lanes.
+template <int kRows, typename A, typename S>
+inline void weighted_sums(const A* weights, int64_t weights_stride, const S* y, int64_t y_stride,
+                          const int64_t* keys, const Range* first_run, const Range* last_run,
+                          int64_t width, A* out, int64_t out_stride, A* sums) {
+  for_each_part<A>(width, [&](int64_t c, auto vectors) {
+    weighted_sum<kRows, decltype(vectors)::value>(weights, weights_stride, y + c, y_stride, keys,
+                                                  first_run, last_run, out + c, out_stride, sums);
+  });
+}
+
+// out[r][c] += sum_i weights[i][r] y[i][c] over the rows i of `runs`, for kRows neighbouring
+// columns of the weights and kVectors vectors of channels, which begin at channel `first`.
+template <int kRows, int kVectors, typename A>
+inline void add_weighted_rows(const A* weights, int64_t weights_stride, const A* y,
+                              int64_t y_stride, const Range* first_run, const Range* last_run,
+                              int64_t first, A* const* out) {
+  using Vector = Simd<A>;
+  Vector sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = Vector::load(out[r] + first + v * Vector::kLanes);
+    }
+  }
+  for (const Range* run = first_run; run != last_run; ++run) {
+    for (int64_t i = run->begin; i < run->end; ++i) {
+      Vector value[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        value[v] = Vector::load(y + i * y_stride + first + v * Vector::kLanes);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const Vector weight = Vector::broadcast(weights[i * weights_stride + r]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(weight, value[v], sum[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) sum[r][v].store(out[r] + first + v * Vector::kLanes);
+  }
+}
+
+// x * factor in the storage type, `dim` channels.
+template <typename T, typename A>
+inline void store_scaled(const A* x, A factor, int64_t dim, T* out) {
+  const Simd<A> by = Simd<A>::broadcast(factor);
+  int64_t c = 0;
+  for (; c + Simd<A>::kLanes <= dim; c += Simd<A>::kLanes) {
+    mul(Simd<A>::load(x + c), by).store(out + c);
+  }
+  for (; c < dim; ++c) out[c] = from_accumulation<T>(x[c] * factor);
+}
+
+template <int kCapacity, typename A>
+inline void fill(const Ranges<kCapacity>& ranges, A* x, A value) {
+  for (int i = 0; i < ranges.count; ++i) {
+    for (int64_t j = ranges.range[i].begin; j < ranges.range[i].end; ++j) x[j] = value;
+  }
+}
+
+}  // namespace pynar::PYNAR_ISA

@@ -1,0 +1,80 @@
+// How the weight of a linear map is stored for CPU kernels, and the piece of work they share.
+//
+// A weight [columns, depth] is cut into panels of kPanel columns. A step of a panel holds one
+// 32-bit word for each of its columns: one fp32 value, two bf16 or four int8 values that follow
+// each other in depth. So a vector register takes the same step of neighbouring columns, and one
+// multiply-add with a broadcast word of the input serves them all:
+//
+//   words[panel][step][column in panel],   missing columns and missing depth are zero.
+//
+// int8 weights have a scale for each column. Inputs are rounded to 256 steps over the range of
+// their row, and 0, since the processor multiplies unsigned by signed bytes; what the row's zero
+// adds to a column is that many times the sum of its weights.
+//
+// Every output is summed up over depth in one order, whatever the number of rows and threads.
+#pragma once
+
+#include "common/cpu.h"
+#include "common/scalar.h"
+
+namespace pynar {
+
+enum class WeightFormat : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+
+constexpr int64_t kPanel = 64;
+// Rows that share a pass over a panel: as many as the registers of AVX-512 hold sums for.
+constexpr int64_t kBlockRows = 6;
+
+constexpr int64_t depth_per_word(WeightFormat format) {
+  return format == WeightFormat::kFloat32 ? 1 : format == WeightFormat::kBFloat16 ? 2 : 4;
+}
+
+// The sums of an int8 weight stay within 32 bits: 255 * 127 * kInt8Depth < 2^31.
+constexpr int64_t kInt8Depth = 1 << 16;
+
+constexpr int64_t div_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// p + i of an array that may be missing.
+template <typename T>
+constexpr const T* advance(const T* p, int64_t i) {
+  return p == nullptr ? nullptr : p + i;
+}
+
+// An input x of int8 is (q - zero) scale, with q in [0, 255].
+struct RowScale {
+  float scale;
+  int32_t zero;
+};
+
+// Rows of input as words, one for each step of a panel.
+struct InputRows {
+  const uint32_t* words;   // [rows, stride]
+  const RowScale* scales;  // [rows], of int8
+  int64_t stride;
+};
+
+// One panel and what turns its sums into outputs.
+struct Panel {
+  const uint32_t* words;
+  int64_t steps;
+  const float* scales;         // [kPanel], of int8
+  const int32_t* column_sums;  // [kPanel], of int8
+  const float* bias;           // of those columns that there are, or null
+};
+
+// How rows of input become words: normalised first (layer normalisation without its affine part,
+// which belongs into the weight) where eps >= 0. `scratch` holds a row in fp32.
+struct InputConversion {
+  int64_t depth;
+  int64_t steps;
+  float eps;
+};
+
+PYNAR_DECLARE_KERNEL(template <typename T>
+                     void convert_rows(WeightFormat format, const InputConversion& how, const T* x,
+                                       int64_t x_stride, int64_t rows, float* scratch,
+                                       uint32_t* words, RowScale* scales))
+
+}  // namespace pynar

@@ -1,0 +1,146 @@
+"""What is compared: a model, a strategy with its options, and the engine that runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pynar.checkpoint import read_config
+from pynar.decoding import BeamSearch, Greedy, MaskPredict, Sampling, Strategy, strategy
+from pynar.models import MODELS, AutoregressiveTransformer, TranslationModel
+from pynar.recipes import load_recipe
+from pynar.strict import from_dict
+
+__all__ = ["System", "describe", "expand", "layer_evaluations"]
+
+ENGINES = ("pynar", "ctranslate2")
+FREEZES = ("fp32", "bf16", "int8", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """One system of the benchmark, as a worker process needs to know it."""
+
+    model: str  # a checkpoint, or a recipe for random weights
+    random: bool = False
+    changes: list[str] = field(default_factory=list)  # to the recipe, e.g. "model.dim=64"
+    vocabulary: int = 32_000  # of a random model, on both sides
+    seed: int = 0  # of random weights
+    strategy: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    engine: str = "pynar"
+    compute_type: str = "float32"  # CTranslate2's
+    freeze: str | None = None  # PyNAR's
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"`engine` must be one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if self.freeze is not None and self.freeze not in FREEZES:
+            raise ValueError(
+                f"`freeze` must be one of {', '.join(FREEZES)}, or none, got {self.freeze!r}"
+            )
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What `pynar.models.build` takes."""
+        if not self.random:
+            return read_config(self.model)
+        sizes = {"source_vocabulary": self.vocabulary, "target_vocabulary": self.vocabulary}
+        return {**sizes, **load_recipe(self.model, self.changes).model}
+
+    @property
+    def family(self) -> type[TranslationModel]:
+        name = self.configuration.get("model")
+        if name not in MODELS:
+            raise ValueError(
+                f"{self.model}: `model` must be one of {', '.join(MODELS)}, got {name}"
+            )
+        return MODELS[name]
+
+    @property
+    def config(self) -> Any:
+        """The sizes of the model, checked."""
+        fields = {k: v for k, v in self.configuration.items() if k != "model"}
+        return from_dict(self.family.Config, fields)
+
+    @property
+    def decoding(self) -> Strategy:
+        return strategy(self.family, self.strategy, self.options)
+
+    @property
+    def width(self) -> int:
+        """How many sequences a sentence is decoded to side by side: beam, samples or lengths."""
+        decoding = self.decoding
+        if isinstance(decoding, BeamSearch):
+            return decoding.beam
+        if isinstance(decoding, Sampling):
+            return decoding.samples
+        if isinstance(decoding, MaskPredict):
+            return min(decoding.length_candidates, self.config.length_classes)
+        return 1
+
+    @property
+    def engine_name(self) -> str:
+        if self.engine == "ctranslate2":
+            return f"CTranslate2 {self.compute_type}"
+        return "PyNAR" if self.freeze is None else f"PyNAR frozen {self.freeze}"
+
+    @property
+    def name(self) -> str:
+        """The model and how it is decoded; engines of one model share it."""
+        what = ",".join([self.model, *self.changes]) + (" (random)" if self.random else "")
+        return f"{what} {describe(self.decoding)}"
+
+
+def describe(chosen: Strategy) -> str:
+    """The strategy's name and its options other than the defaults, as one would write them."""
+    plain = type(chosen)()
+    fields = dataclasses.fields(chosen)  # type: ignore[arg-type]
+    changed = [
+        f"{field.name}={getattr(chosen, field.name)}"
+        for field in fields
+        if getattr(chosen, field.name) != getattr(plain, field.name)
+        or field.name in ("beam", "iterations")
+    ]
+    return f"{type(chosen).__name__}({', '.join(changed)})"
+
+
+def expand(
+    models: Sequence[System], *, freezes: Sequence[str | None], engines: Sequence[str]
+) -> list[System]:
+    """Every system to measure for the models asked for.
+
+    An autoregressive model without a strategy or options stands there with greedy search and a
+    beam of 5, and for each of `engines` (`NAME:COMPUTE_TYPE`) besides PyNAR; every model once for
+    each of `freezes`.
+    """
+    if "ctranslate2" in {engine.partition(":")[0] for engine in engines}:
+        if not importlib.util.find_spec("ctranslate2"):
+            raise ValueError("the engine ctranslate2 is not installed: `pip install ctranslate2`")
+    systems = []
+    for model in models:
+        model.config  # noqa: B018 - what is wrong with it is to be said before anything starts
+        variants = [model]
+        autoregressive = model.family is AutoregressiveTransformer
+        if autoregressive and not model.strategy and not model.options:
+            greedy = replace(model, strategy="greedy")
+            variants = [greedy, replace(model, strategy="beam", options={"beam": 5})]
+        for variant in variants:
+            decoding = variant.decoding
+            systems += [replace(variant, freeze=freeze) for freeze in freezes]
+            if isinstance(decoding, (Greedy, BeamSearch)):
+                for engine in engines:
+                    name, _, kind = engine.partition(":")
+                    kind = kind or "float32"
+                    systems.append(replace(variant, engine=name, compute_type=kind, freeze=None))
+    # A model named twice is measured once.
+    return list({repr(system): system for system in systems}.values())
+
+
+def layer_evaluations(encoder: int, decoder: int, passes: float, sequences: int) -> float:
+    """Layers run for a sentence: the encoder once, the decoder in every pass for each sequence."""
+    return encoder + passes * decoder * sequences

@@ -1,0 +1,446 @@
+"""Encoder and decoder frozen for inference on the CPU.
+
+Weights are packed once; batches lose their padding (live positions are rows `[N, C]`, sentence
+after sentence); the affine part of a layer normalisation is folded into the weight behind it, and
+the attention's scale into the query's; keys and values of all decoder layers are one projection.
+The modules take the places of `Encoder` and `Decoder` in a model, which does not see a difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pynar.nn.transformer import Decoder, Encoder, FeedForward, _Residual
+from pynar.ops import interval_attention, pack_linear
+from pynar.ops._operator import OPERATORS
+from pynar.ops.packed_linear import ACTIVATIONS
+
+# So many rows' activations stay in the cache from one layer to the next.
+GROUP = 1024
+
+__all__ = ["DTYPES", "FrozenDecoder", "FrozenEncoder", "PackedLinear"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+
+
+class PackedLinear:
+    """A linear map with its neighbours, `[N, K] -> [N, M]`: see `pynar.ops.packed_linear`."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        dtype: torch.dtype,
+        *,
+        activation: str = "none",
+        input_norm: nn.Module | None = None,
+        output_norm: nn.Module | None = None,
+    ) -> None:
+        weight, bias = weight.detach().double(), bias.detach().double()
+        input_eps = -1.0
+        norm: tuple[Tensor | None, Tensor | None, float] = None, None, 0.0
+        if isinstance(input_norm, nn.LayerNorm):
+            bias = bias + weight @ input_norm.bias.detach().double()
+            weight = weight * input_norm.weight.detach().double()
+            input_eps = input_norm.eps
+        if isinstance(output_norm, nn.LayerNorm):
+            affine = output_norm.weight.detach().float(), output_norm.bias.detach().float()
+            norm = *affine, output_norm.eps
+        packed = pack_linear(weight.float(), dtype)
+        # The operator's own arguments, checked here once instead of in every call.
+        self._weight = packed.data, packed.scales, packed.column_sums, bias.float()
+        self._rest = (
+            *norm[:2],
+            packed.out_features,
+            ACTIVATIONS.index(activation),
+            input_eps,
+            norm[2],
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return OPERATORS["packed_linear"](x, *self._weight, residual, *self._rest)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The live positions of a padded batch `[B, T]`, one after the other."""
+
+    batch: int
+    width: int
+    bounds: Tensor  # int32 [B, 2]: the rows of every sentence
+    lengths: Tensor  # int64 [B]
+    places: Tensor | None  # int64 [N]: position in [B * T] of every row; None without padding
+
+    @staticmethod
+    def of(lengths: Tensor, width: int) -> Rows:
+        ends = lengths.cumsum(0)
+        bounds = torch.stack([ends - lengths, ends], 1).int()
+        batch = len(lengths)
+        places = None
+        if batch and int(ends[-1]) < batch * width:
+            live = torch.arange(width) < lengths[:, None]
+            places = live.flatten().nonzero()[:, 0]
+        return Rows(batch, width, bounds, lengths, places)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`[B, T, C] -> [N, C]`."""
+        x = x.flatten(0, 1)
+        return x if self.places is None else x[self.places]
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """`[N, C] -> [B, T, C]`, zero in the padding."""
+        if self.places is not None:
+            padded = rows.new_zeros(self.batch * self.width, rows.shape[1])
+            padded[self.places] = rows
+            rows = padded
+        return rows.view(self.batch, self.width, rows.shape[1])
+
+    def each(self, bounds: Tensor) -> Tensor:
+        """Intervals `[N, 1, 2]` of the rows from `bounds: [B, 2]` of their sentences."""
+        if self.places is None:
+            spread = bounds[:, None].expand(-1, self.width, 2).reshape(-1, 1, 2)
+        else:
+            spread = bounds.repeat_interleave(self.lengths, 0)[:, None]
+        return spread
+
+    def causal(self) -> Tensor:
+        """Intervals `[N, 1, 2]` with which a row sees itself and what is before it."""
+        rows = torch.arange(int(self.lengths.sum()), dtype=torch.int32)
+        return torch.stack([self.each(self.bounds)[:, 0, 0], rows + 1], 1)[:, None]
+
+    def groups(self) -> list[tuple[int, int]]:
+        """Ranges of rows, whole sentences, of at most `GROUP` rows where possible."""
+        ends = self.bounds[:, 1].tolist()
+        if not ends or ends[-1] <= GROUP:
+            return [(0, ends[-1] if ends else 0)]
+        groups, start = [], 0
+        for end, after in zip(ends, [*ends[1:], math.inf], strict=True):
+            if after - start > GROUP:
+                groups.append((start, end))
+                start = end
+        return groups
+
+    def chosen(self, wanted: Tensor) -> Tensor:
+        """Row numbers of the live positions that `wanted: [B, T]` marks."""
+        flat = wanted.flatten()
+        return (flat if self.places is None else flat[self.places]).nonzero()[:, 0]
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """`[N, n C] -> [N, n H, D]`, without a copy."""
+    return x.view(x.shape[0], heads, x.shape[1] // heads)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
+    """Attention of `[N, H, D]` to `[N, C]`; the scale is in the query's weight."""
+    y = cast(Tensor, interval_attention(q, k, v, intervals, scale=1.0))
+    return y.view(y.shape[0], y.shape[1] * y.shape[2])
+
+
+class _Feed:
+    def __init__(self, module: FeedForward, residual: _Residual, dtype: torch.dtype) -> None:
+        before, after = _norms(residual)
+        activation = {F.relu: "relu", F.gelu: "gelu"}[module.activation]
+        self.inner = PackedLinear(
+            module.inner.weight, module.inner.bias, dtype, activation=activation, input_norm=before
+        )
+        self.outer = PackedLinear(module.outer.weight, module.outer.bias, dtype, output_norm=after)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x), x)
+
+
+def _norms(residual: _Residual) -> tuple[nn.Module | None, nn.Module | None]:
+    """The layer normalisation before a sub-layer, and the one after it."""
+    return (residual.norm, None) if residual.norm_first else (None, residual.norm)
+
+
+class _SelfAttention:
+    def __init__(self, module: Any, residual: _Residual, dtype: torch.dtype) -> None:
+        before, after = _norms(residual)
+        self.heads, self.dim = module.heads, module.output.in_features
+        scale = torch.ones(3 * self.dim, 1)
+        scale[: self.dim] = (self.dim // self.heads) ** -0.5
+        weight, bias = module.qkv.weight.detach(), module.qkv.bias.detach()
+        self.qkv = PackedLinear(weight * scale, bias * scale[:, 0], dtype, input_norm=before)
+        self.output = PackedLinear(
+            module.output.weight, module.output.bias, dtype, output_norm=after
+        )
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries `[N, H, D]`, and keys and values `[N, 2 H, D]`, of rows `[N, C]`."""
+        h = _heads(self.qkv(x), 3 * self.heads)
+        return h[:, : self.heads], h[:, self.heads :]
+
+    def __call__(self, x: Tensor, intervals: Tensor, chosen: Tensor | None = None) -> Tensor:
+        q, kv = self.project(x)
+        if chosen is not None:
+            q, x, intervals = q[chosen], x[chosen], intervals[chosen]
+        y = _attend(q, kv[:, : self.heads], kv[:, self.heads :], intervals)
+        return self.output(y, x)
+
+
+class _CrossAttention:
+    def __init__(self, module: Any, residual: _Residual, dtype: torch.dtype) -> None:
+        before, after = _norms(residual)
+        self.heads, dim = module.heads, module.output.in_features
+        scale = (dim // self.heads) ** -0.5
+        weight, bias = module.query.weight.detach(), module.query.bias.detach()
+        self.query = PackedLinear(weight * scale, bias * scale, dtype, input_norm=before)
+        self.output = PackedLinear(
+            module.output.weight, module.output.bias, dtype, output_norm=after
+        )
+
+    def __call__(self, x: Tensor, keys_values: tuple[Tensor, Tensor], intervals: Tensor) -> Tensor:
+        y = _attend(_heads(self.query(x), self.heads), *keys_values, intervals)
+        return self.output(y, x)
+
+
+class _Frozen(nn.Module):
+    """What all frozen modules refuse: training, moving, saving."""
+
+    def train(self, mode: bool = True) -> _Frozen:
+        if mode:
+            self._refuse("be trained; train the model it was made from")
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NoReturn:
+        self._refuse("be moved or converted; do so before freezing")
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("be saved; save the model it was made from")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(f"a model with weights packed for the CPU cannot {what}")
+
+
+class FrozenEncoder(_Frozen):
+    """`Encoder` with packed weights."""
+
+    def __init__(self, encoder: Encoder, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers: list[tuple[_SelfAttention, _Feed]] = []
+        for layer in _modules(encoder.layers):
+            attention = _SelfAttention(layer.self_attention, layer.residual[0], dtype)
+            self.layers.append((attention, _Feed(layer.feed_forward, layer.residual[1], dtype)))
+        self.norm = _plain(encoder.norm)
+        self.training = False
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        rows = Rows.of(lengths, x.shape[1])
+        intervals, packed = rows.each(rows.bounds), rows.pack(x)
+        parts = []
+        for start, end in rows.groups():
+            h, sees = packed[start:end], intervals[start:end] - start
+            for attention, feed in self.layers:
+                h = feed(attention(h, sees))
+            parts.append(self.norm(h))
+        return rows.unpack(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+
+@dataclass(frozen=True)
+class FrozenMemory:
+    """`Memory` of packed sentences: they keep their rows when others leave the batch."""
+
+    all_states: Tensor  # [B, S, C]
+    all_embedded: Tensor  # [B, S, C]
+    lengths: Tensor  # [B], of the sentences still there
+    bounds: Tensor  # int32 [B, 2], their rows
+    keys_values: list[tuple[Tensor, Tensor]]  # per layer, [N, H, D] each
+    index: Tensor | None = None  # of the sentences still there
+    layouts: dict[Any, Any] | None = None
+
+    @property
+    def states(self) -> Tensor:
+        return self.all_states if self.index is None else self.all_states[self.index]
+
+    @property
+    def embedded(self) -> Tensor:
+        return self.all_embedded if self.index is None else self.all_embedded[self.index]
+
+    def select(self, index: Tensor) -> FrozenMemory:
+        """Keeps the sentences of `index`; nothing is copied."""
+        return replace(
+            self,
+            lengths=self.lengths[index],
+            bounds=self.bounds[index],
+            index=index if self.index is None else self.index[index],
+        )
+
+
+class FrozenCache:
+    """Keys and values of target prefixes, `[rows, capacity, 2 H, D]` for each layer.
+
+    A row of the batch has a place, which it keeps when others leave; where a hypothesis goes on
+    in several rows, all but one of them get a copy in a place that has become free.
+    """
+
+    def __init__(self, rows: int, layers: int, heads: int, dim: int) -> None:
+        self.position = 0
+        self.capacity = 16
+        self.heads = heads
+        self.places = self._all = torch.arange(rows)
+        self.data = [
+            torch.empty(rows, self.capacity, 2 * heads, dim // heads) for _ in range(layers)
+        ]
+
+    def reserve(self) -> None:
+        if self.position == self.capacity:
+            self.capacity *= 2
+            self.data = [torch.cat([part, torch.empty_like(part)], 1) for part in self.data]
+
+    def write(self, layer: int, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores `[N, 2 H, D]` at this position; returns all keys and values, `[rows, H, D]`."""
+        data = self.data[layer]
+        if self.places is self._all:
+            data[:, self.position] = keys_values
+        else:
+            data[self.places, self.position] = keys_values
+        rows = data.flatten(0, 1)
+        return rows[:, : self.heads], rows[:, self.heads :]
+
+    def intervals(self) -> Tensor:
+        start = (self.places * self.capacity).int()
+        return torch.stack([start, start + self.position + 1], 1)[:, None]
+
+    def select(self, index: Tensor) -> None:
+        """Makes row i go on from what was row `index[i]`."""
+        wanted = self.places[index]
+        chosen = wanted.tolist()
+        taken = set(chosen)
+        if len(taken) == len(chosen):
+            self.places = wanted
+            return
+        free = [place for place in range(self.data[0].shape[0]) if place not in taken]
+        seen: set[int] = set()
+        sources, targets = [], []
+        for row, place in enumerate(chosen):
+            if place in seen:
+                sources.append(place)
+                targets.append(free.pop())
+                chosen[row] = targets[-1]
+            seen.add(place)
+        for part in self.data:
+            part[targets, : self.position] = part[sources, : self.position]
+        self.places = torch.tensor(chosen)
+
+
+class FrozenDecoder(_Frozen):
+    """`Decoder` with packed weights."""
+
+    def __init__(self, decoder: Decoder, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dim, self.heads = decoder.dim, decoder.heads
+        self.layers: list[tuple[_SelfAttention, _CrossAttention, _Feed]] = []
+        weights, biases = [], []
+        for layer in _modules(decoder.layers):
+            residual = layer.residual
+            self.layers.append(
+                (
+                    _SelfAttention(layer.self_attention, residual[0], dtype),
+                    _CrossAttention(layer.cross_attention, residual[1], dtype),
+                    _Feed(layer.feed_forward, residual[2], dtype),
+                )
+            )
+            weights.append(layer.cross_attention.key_value.weight.detach())
+            biases.append(layer.cross_attention.key_value.bias.detach())
+        self.key_value = PackedLinear(torch.cat(weights), torch.cat(biases), dtype)
+        self.norm = _plain(decoder.norm)
+        self.training = False
+
+    def remember(self, states: Tensor, embedded: Tensor, lengths: Tensor) -> FrozenMemory:
+        """Projects the encoder's `states: [B, S, C]` for every layer at once."""
+        rows = Rows.of(lengths, states.shape[1])
+        projected = self.key_value(rows.pack(states))
+        heads = _heads(projected, 2 * len(self.layers) * self.heads).split(self.heads, 1)
+        pairs = list(zip(heads[::2], heads[1::2], strict=True))
+        return FrozenMemory(states, embedded, lengths, rows.bounds, pairs, layouts={})
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: FrozenMemory,
+        lengths: Tensor | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        """As `Decoder.forward`; the last layer is computed for the wanted positions alone."""
+        rows, sees, reads = self._layout(x, memory, lengths)
+        packed = rows.pack(x)
+        chosen = None if wanted is None else rows.chosen(wanted)
+        parts = []
+        for start, end in rows.groups():
+            here = chosen
+            if chosen is not None:
+                here = chosen[(chosen >= start) & (chosen < end)] - start
+            h = self._decode(
+                packed[start:end], sees[start:end] - start, reads[start:end], memory, here
+            )
+            parts.append(h)
+        h = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return h if wanted is not None else rows.unpack(h)
+
+    def _decode(
+        self, h: Tensor, sees: Tensor, reads: Tensor, memory: FrozenMemory, chosen: Tensor | None
+    ) -> Tensor:
+        last = len(self.layers) - 1
+        for index, (attention, cross, feed) in enumerate(self.layers):
+            here = chosen if index == last else None
+            h = attention(h, sees, here)
+            keys_values = memory.keys_values[index]
+            h = feed(cross(h, keys_values, reads if here is None else reads[here]))
+        return self.norm(h)
+
+    def _layout(
+        self, x: Tensor, memory: FrozenMemory, lengths: Tensor | None
+    ) -> tuple[Rows, Tensor, Tensor]:
+        """Rows, and what they see of the target and of the source; the same in every pass."""
+        known = memory.layouts if memory.layouts is not None else {}
+        # The tensor itself is kept, so that its address cannot come to mean another.
+        found = known.get("last")
+        if found is not None and found[0] is lengths and found[1] == x.shape[:2]:
+            return found[2]
+        width = x.shape[1]
+        full = torch.full((x.shape[0],), width) if lengths is None else lengths
+        rows = Rows.of(full, width)
+        sees = rows.causal() if lengths is None else rows.each(rows.bounds)
+        candidates = x.shape[0] // max(len(memory.lengths), 1)
+        layout = rows, sees, rows.each(memory.bounds.repeat_interleave(candidates, 0))
+        known["last"] = lengths, x.shape[:2], layout
+        return layout
+
+    def cache(self, rows: int, like: Tensor) -> FrozenCache:
+        return FrozenCache(rows, len(self.layers), self.heads, self.dim)
+
+    def step(self, x: Tensor, memory: FrozenMemory, cache: FrozenCache) -> Tensor:
+        """As `Decoder.step`, `x: [B * n, 1, C]`."""
+        cache.reserve()
+        h = x[:, 0]
+        candidates = h.shape[0] // max(len(memory.lengths), 1)
+        reads = memory.bounds.repeat_interleave(candidates, 0)[:, None]
+        sees = cache.intervals()
+        for index, (attention, cross, feed) in enumerate(self.layers):
+            q, kv = attention.project(h)
+            h = attention.output(_attend(q, *cache.write(index, kv), sees), h)
+            h = feed(cross(h, memory.keys_values[index], reads))
+        cache.position += 1
+        return self.norm(h)[:, None]
+
+
+def _modules(layers: Iterable[nn.Module]) -> list[Any]:
+    return list(layers)
+
+
+def _plain(norm: nn.Module) -> nn.Module:
+    """A copy of the last normalisation without gradients."""
+    if not isinstance(norm, nn.LayerNorm):
+        return nn.Identity()
+    copy = nn.LayerNorm(norm.normalized_shape, norm.eps).requires_grad_(False)
+    copy.load_state_dict({k: v.float() for k, v in norm.state_dict().items()})
+    return copy
