@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import os
 from collections.abc import Iterator
@@ -43,7 +44,16 @@ def make_fabric(config: TrainingConfig) -> Fabric:
     nodes = int(os.environ["WORLD_SIZE"]) // local
     fabric = Fabric(devices=local, num_nodes=nodes, strategy=strategy, **settings)
     fabric.launch()
+    # While the interpreter still runs: a thread of gloo that frees a tensor known to Python after
+    # that ends the process with SIGABRT. Fabric does this for NCCL alone.
+    atexit.register(leave_process_group)
     return fabric
+
+
+def leave_process_group() -> None:
+    """Ends the threads of torch.distributed, unless somebody has done so."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
