@@ -38,7 +38,7 @@ class TrainingConfig:
     clip_norm: float | None = 1.0
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # auto: see `devices.precision_on`
     compile: bool = False
     deterministic: bool = True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import inspect
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -30,9 +31,18 @@ def make_fabric(config: TrainingConfig) -> Fabric:
     elif accelerator == "cuda" and not torch.cuda.is_available():
         raise ValueError("`device: cuda` needs a CUDA device, and PyTorch finds none; use `cpu`")
     settings: dict[str, Any] = {"accelerator": accelerator}
-    if config.precision in MIXED:
+    precision = config.precision
+    if precision == "auto":
+        precision = precision_on(accelerator)
+    elif precision == "bf16" and precision_on(accelerator) != "bf16":
+        warnings.warn(
+            f"`precision: bf16` on a {accelerator} that only emulates it can be many times slower "
+            "than fp32; `precision: auto` takes what is fast",
+            stacklevel=2,
+        )
+    if precision in MIXED:
         # As a plugin: by its name Fabric would turn fp16 into bf16 on a CPU.
-        settings["plugins"] = [MixedPrecision(MIXED[config.precision], device=accelerator)]
+        settings["plugins"] = [MixedPrecision(MIXED[precision], device=accelerator)]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Fabric(devices=1, **settings)
     local = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -54,6 +64,21 @@ def leave_process_group() -> None:
     """Ends the threads of torch.distributed, unless somebody has done so."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def precision_on(accelerator: str) -> Literal["fp32", "bf16"]:
+    """bf16 where the device has products of it, else fp32.
+
+    An x86 processor without AVX-512 emulates them: a product of matrices took a hundred times as
+    long as in fp32.
+    """
+    if accelerator == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # What PyTorch itself asks before it hands bf16 to oneDNN.
+        mkldnn = torch.backends.mkldnn.is_available()
+        native = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if native else "fp32"
 
 
 @contextmanager
