@@ -205,7 +205,8 @@ def test_quantized_models_are_smaller_and_load(
     if quantization == "int8":
         assert small.engine["compute_type"].startswith("int8")
     pairs = zip(full.decode(lines, Greedy()), small.decode(lines, Greedy()), strict=True)
-    assert sum(one.score == pytest.approx(other.score, abs=0.05) for one, other in pairs) > 20
+    # Loose, since CTranslate2's int8 products saturate on processors without VNNI.
+    assert sum(one.score == pytest.approx(other.score, abs=0.3) for one, other in pairs) > 40
 
 
 def test_the_engine_says_what_it_is(lines, tokenizer) -> None:
