@@ -210,7 +210,7 @@ def _fill(
     masked = tokens == MASK
     if open_ is None:
         states = model.decode(tokens, lengths, memory)
-        best, log_probs, _ = model.best(states.flatten(0, 1))
+        best, log_probs = model.fill(states.flatten(0, 1))
         tokens = torch.where(masked, best.view_as(tokens), tokens)
         return tokens, torch.where(masked, log_probs.view_as(scores), scores)
     index = open_.nonzero()[:, 0]
@@ -219,5 +219,5 @@ def _fill(
         part = model.decode(tokens[rows], lengths[rows], memory.select(index), masked[rows])
     else:
         part = model.decode(tokens, lengths, memory, masked)
-    best, log_probs, _ = model.best(part)
+    best, log_probs = model.fill(part)
     return tokens.masked_scatter(masked, best), scores.masked_scatter(masked, log_probs)
