@@ -16,7 +16,7 @@ from pynar.nn.transformer import Memory
 from pynar.ops import mask_predict_step
 from pynar.symbols import MASK, NUM_SPECIAL, PAD
 
-__all__ = ["MaskPredict"]
+__all__ = ["MaskPredict", "fill"]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class MaskPredict:
         if width is None:
             width = int(lengths.max()) if len(lengths) else 0
         live = padding_mask(lengths, width)[:, 0, 0]
-        tokens = torch.full_like(live, PAD, dtype=torch.long).masked_fill(live, MASK)
+        tokens = torch.full_like(live, PAD, dtype=torch.long).maskedfill(live, MASK)
         scores = torch.zeros(tokens.shape, device=source.device)
         trace = []
         passes = torch.zeros_like(source_lengths)
@@ -171,7 +171,7 @@ class MaskPredict:
             passes += open_
             # To choose sentences or positions on a GPU would mean to wait for their number.
             chosen = None if fixed or tokens.is_cuda else open_
-            tokens, scores = _fill(model, tokens, scores, lengths, memory, chosen)
+            tokens, scores = fill(model, tokens, scores, lengths, memory, chosen)
             if self.trace:
                 trace.append(tokens)
             if iteration < self.iterations:
@@ -182,8 +182,8 @@ class MaskPredict:
         # A candidate that stands for no possible length cannot win, whatever the prior's weight.
         possible = log_probs > -torch.inf
         total = scores.sum(1).view(sentences, candidates)
-        total = total + self.length_prior * log_probs.masked_fill(~possible, 0)
-        mean = (total / target_lengths.clamp(min=1)).masked_fill(~possible, -torch.inf)
+        total = total + self.length_prior * log_probs.maskedfill(~possible, 0)
+        mean = (total / target_lengths.clamp(min=1)).maskedfill(~possible, -torch.inf)
         best, order = mean.topk(min(self.n_best, candidates), -1)
         rows = (torch.arange(sentences, device=source.device)[:, None] * candidates) + order
         return Hypotheses(
@@ -195,7 +195,7 @@ class MaskPredict:
         )
 
 
-def _fill(
+def fill(
     model: CMLM,
     tokens: Tensor,
     scores: Tensor,

@@ -16,7 +16,7 @@ from pynar.models.base import Example, TransformerConfig
 from pynar.models.cmlm import CMLM, CMLMConfig
 from pynar.nn.attention import padding_mask
 from pynar.nn.transformer import DecoderCache, Memory
-from pynar.nn.two_stream import PackedRows, TwoStreams, pack, two_streams
+from pynar.nn.two_stream import PackedRows, TwoStreams, ar_rows, pack, two_streams
 from pynar.symbols import BOS, EOS, MASK, PAD
 
 __all__ = ["JANUS", "JANUSConfig", "JANUSExample", "span_masking"]
@@ -124,7 +124,7 @@ class JANUS(CMLM):
 
     Config: ClassVar[type[TransformerConfig]] = JANUSConfig
     name = "janus"
-    strategies: tuple[str, ...] = ("beam", "greedy", "sampling", "mask_predict")
+    strategies: tuple[str, ...] = ("beam", "greedy", "sampling", "mask_predict", "draft_and_verify")
     banned = (PAD, BOS, MASK)
 
     config: JANUSConfig
@@ -275,34 +275,37 @@ class JANUS(CMLM):
 
         That of the AR stream.
         """
-        keys_values, bounds = self.encode(source, source_lengths).rows()
-        tokens = int(target_lengths.sum())
-        streams = two_streams(
+        states = self.ahead(
             target,
             target_lengths,
-            torch.zeros_like(target, dtype=torch.bool),
-            source_lengths,
-            tokens=tokens,
-            num_masked=0,
-            streams=("ar",),
+            torch.zeros_like(target_lengths),
+            self.encode(source, source_lengths),
         )
-        sentence = torch.arange(len(target), device=target.device).repeat_interleave(
-            target_lengths + 1, output_size=tokens + len(target)
-        )
-        states = self.decoder.rows(
-            self.embed_rows(self.target_embedding, streams.rows),
-            keys_values,
-            sees=streams.rows.intervals,
-            reads=bounds[sentence].repeat(2, 1)[:, None],
-            content=streams.content,
-            read=streams.ar,
-        )
-        labels = streams.ar_labels
+        ended = F.pad(target, (0, 1), value=PAD).scatter(1, target_lengths[:, None], EOS)
+        live = padding_mask(target_lengths + 1, ended.shape[1])[:, 0, 0]
+        labels = ended[live]
         if torch.is_grad_enabled():
             log_probs = self.log_probs(states).gather(-1, labels[:, None])[:, 0]
         else:  # which `best` is made for
             log_probs = self.log_prob(states, labels, self.best(states)[2])
-        return log_probs.new_zeros(len(target)).index_add(0, sentence, log_probs)
+        return log_probs.new_zeros(live.shape).masked_scatter(live, log_probs).sum(-1)
+
+    def ahead(self, tokens: Tensor, lengths: Tensor, first: Tensor, memory: Memory) -> Tensor:
+        """AR query states of what follows each prefix of `tokens: [B, T]`, in one pass.
+
+        Of prefixes of `first: [B]` to `lengths: [B]` tokens: `[sum(lengths - first + 1), C]`,
+        sentence after sentence.
+        """
+        rows, content, sentence = ar_rows(tokens, lengths, first)
+        keys_values, bounds = memory.rows()
+        return self.decoder.rows(
+            self.embed_rows(self.target_embedding, rows),
+            keys_values,
+            sees=rows.intervals,
+            reads=bounds[sentence][:, None],
+            content=content,
+            read=torch.arange(content, len(sentence), device=tokens.device),
+        )
 
     def step(self, tokens: Tensor, memory: Memory, cache: DecoderCache) -> Tensor:
         """Query states `[N, C]` from which the token after `tokens: [N]` follows."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from pynar.ops import padding_intervals, two_stream_intervals
 from pynar.symbols import BOS, EOS, MASK
 
-__all__ = ["PackedRows", "TwoStreams", "pack", "two_streams"]
+__all__ = ["PackedRows", "TwoStreams", "ar_rows", "pack", "two_streams"]
 
 
 @dataclass(frozen=True)
@@ -160,3 +160,25 @@ def two_streams(
     packed = PackedRows(ids, positions, sees, width + 2)
     reads = source[sentence][:, None]
     return TwoStreams(packed, content, reads, ar, nar, aux, ar_labels, labels)
+
+
+def ar_rows(target: Tensor, lengths: Tensor, first: Tensor) -> tuple[PackedRows, int, Tensor]:
+    """The AR streams of `target: [B, T]`, to predict what follows `first: [B]` or more tokens.
+
+    Returns the rows, contents `<s> y` of every sentence and then queries; how many of them are
+    contents; and the sentence of every row, `[N]`.
+    """
+    at = _Places.of(lengths + 1, int((lengths + 1).sum()))
+    ask = _Places.of(lengths - first + 1, int((lengths - first + 1).sum()))
+    width = target.shape[1] + 1
+    pattern = two_stream_intervals(lengths + 1, torch.zeros_like(lengths), "ar", width=width)
+    sees = at.intervals(pattern, at.start)
+    place = ask.place + first[ask.sentence]
+    contents = F.pad(target, (1, 0), value=BOS)[at.sentence, at.place]
+    rows = PackedRows(
+        torch.cat([contents, torch.full_like(place, MASK)]),
+        torch.cat([at.place, place]),
+        torch.cat([sees, sees[at.start[ask.sentence] + place]]),
+        width,
+    )
+    return rows, len(contents), torch.cat([at.sentence, ask.sentence])
