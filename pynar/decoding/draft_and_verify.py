@@ -10,11 +10,10 @@ from torch import Tensor
 
 from pynar.decoding.autoregressive import length_limits
 from pynar.decoding.hypotheses import Hypotheses
-from pynar.decoding.mask_predict import fill
+from pynar.decoding.mask_predict import fill, mask_again
 from pynar.models.janus import JANUS
 from pynar.nn.transformer import Memory
-from pynar.ops import mask_predict_step
-from pynar.symbols import EOS, MASK, NUM_SPECIAL, PAD
+from pynar.symbols import EOS, MASK, PAD
 
 __all__ = ["DraftAndVerify"]
 
@@ -125,8 +124,7 @@ class DraftAndVerify:
             tokens, scores = fill(model, tokens, scores, ends, memory, open_)
             if iteration < self.iterations:
                 again = (ends - settled) * (self.iterations - iteration) // self.iterations
-                unread = scores.new_empty(1, 1, NUM_SPECIAL).expand(*tokens.shape, -1)
-                tokens, scores = mask_predict_step(unread, tokens, scores, ends, again)
+                tokens, scores = mask_again(tokens, scores, ends, again)
         return tokens, passes
 
     def _verify(

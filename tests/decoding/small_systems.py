@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from pynar.data.batching import Batch, collate
-from pynar.decoding import BeamSearch, Greedy, Hypotheses, MaskPredict, Sampling, Strategy
+from pynar.decoding import (
+    BeamSearch,
+    DraftAndVerify,
+    Greedy,
+    Hypotheses,
+    MaskPredict,
+    Sampling,
+    Strategy,
+)
 from pynar.models import AutoregressiveTransformer, TranslationModel, build
 from pynar.symbols import BOS, EOS, MASK, NUM_SPECIAL, PAD
 
@@ -88,6 +96,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any], Strategy]] = {
     "sampling": ("autoregressive", {}, Sampling(seed=3, max_extra=2)),
     "sampling-3": ("autoregressive", {}, Sampling(samples=3, top_k=4, temperature=1.5)),
     "cmlm": ("cmlm", {}, MaskPredict(iterations=4, length_candidates=3, n_best=2)),
+    "cmlm-blocks": ("cmlm", {}, MaskPredict(block=2, length_candidates=3)),
     "cmlm-difference": (
         "cmlm",
         {"length_kind": "difference", "norm": "post"},
@@ -103,6 +112,8 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any], Strategy]] = {
     ),
     "janus-sampling": ("janus", {}, Sampling(samples=2, top_k=4)),
     "janus-cmlm": ("janus", {}, MaskPredict(iterations=4, length_candidates=3, n_best=2)),
+    "janus-blocks": ("janus", {}, MaskPredict(block=3, length_candidates=2)),
+    "janus-draft": ("janus", {}, DraftAndVerify(max_extra=2)),
     "janus-cmlm-learned": (
         "janus",
         {"norm": "post", "positions": "learned"},
