@@ -1,6 +1,7 @@
 """Decoding strategies: typed options and one signature, `decode(model, source, lengths)`."""
 
 from pynar.decoding.autoregressive import BeamSearch, Greedy, Sampling
+from pynar.decoding.draft_and_verify import DraftAndVerify
 from pynar.decoding.hypotheses import Hypotheses
 from pynar.decoding.mask_predict import MaskPredict
 from pynar.decoding.translator import (
@@ -13,6 +14,7 @@ from pynar.decoding.translator import (
 
 __all__ = [
     "BeamSearch",
+    "DraftAndVerify",
     "Greedy",
     "Hypotheses",
     "LineTranslator",

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from pynar.decoding.hypotheses import Hypotheses
 from pynar.models.autoregressive import AutoregressiveTransformer
+from pynar.models.janus import JANUS
 from pynar.nn.transformer import Memory
 from pynar.symbols import BOS, EOS, PAD
 
 __all__ = ["BeamSearch", "Greedy", "Sampling", "length_limits"]
 
+LeftToRight = AutoregressiveTransformer | JANUS
 Choose = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -61,7 +63,7 @@ class Greedy:
     @torch.inference_mode()
     def decode(
         self,
-        model: AutoregressiveTransformer,
+        model: LeftToRight,
         source: Tensor,
         source_lengths: Tensor,
         *,
@@ -112,7 +114,7 @@ class Sampling:
     @torch.inference_mode()
     def decode(
         self,
-        model: AutoregressiveTransformer,
+        model: LeftToRight,
         source: Tensor,
         source_lengths: Tensor,
         *,
@@ -159,7 +161,7 @@ class Sampling:
 
 
 def _extend(
-    model: AutoregressiveTransformer,
+    model: LeftToRight,
     source: Tensor,
     limits: Tensor,
     memory: Memory,
@@ -230,7 +232,7 @@ class BeamSearch:
     @torch.inference_mode()
     def decode(
         self,
-        model: AutoregressiveTransformer,
+        model: LeftToRight,
         source: Tensor,
         source_lengths: Tensor,
         *,
@@ -320,7 +322,7 @@ class BeamSearch:
 
 
 def _only_end(
-    model: AutoregressiveTransformer,
+    model: LeftToRight,
     states: Tensor,
     tokens: Tensor,
     log_probs: Tensor,

@@ -16,7 +16,7 @@ from pynar.nn.transformer import Memory
 from pynar.ops import mask_predict_step
 from pynar.symbols import MASK, NUM_SPECIAL, PAD
 
-__all__ = ["MaskPredict"]
+__all__ = ["MaskPredict", "fill", "mask_again"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class MaskPredict:
     T. The paper has w = 0; but a model that was shown a wrong length is often sure of itself.
     A source of S tokens (EOS counted) gives at most `max_ratio` * S + `max_extra` tokens.
 
+    With a `block` of K, decoding is semi-autoregressive (Wang et al. 2018): a pass settles the next
+    K tokens, from left to right, and there are ceil(T / K) passes, whatever `iterations` says.
+
     On CUDA a frozen model decodes batches of up to `pynar.decoding.graphs.MOST_POSITIONS` positions
     by captured CUDA graphs (see there): sizes are rounded up to a bucket, and the first batch of a
     bucket takes longer. `graphs=False` does without, and so does `trace`.
@@ -45,10 +48,11 @@ class MaskPredict:
     max_ratio: float = 2.0
     max_extra: int = 10
     graphs: bool = True
+    block: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "length_candidates", "n_best"):
-            if (value := getattr(self, name)) < 1:
+        for name in ("iterations", "length_candidates", "n_best", "block"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"MaskPredict: `{name}` must be positive, got {value}")
         for name in ("length_prior", "max_ratio", "max_extra"):
             if not (amount := getattr(self, name)) >= 0:
@@ -166,19 +170,21 @@ class MaskPredict:
         scores = torch.zeros(tokens.shape, device=source.device)
         trace = []
         passes = torch.zeros_like(source_lengths)
-        for iteration in range(1, self.iterations + 1):
+        iterations = self.iterations if self.block is None else -(-width // self.block)
+        for iteration in range(1, iterations + 1):
             open_ = (tokens == MASK).unflatten(0, (sentences, candidates)).flatten(1).any(1)
             passes += open_
             # To choose sentences or positions on a GPU would mean to wait for their number.
             chosen = None if fixed or tokens.is_cuda else open_
-            tokens, scores = _fill(model, tokens, scores, lengths, memory, chosen)
+            tokens, scores = fill(model, tokens, scores, lengths, memory, chosen)
             if self.trace:
                 trace.append(tokens)
-            if iteration < self.iterations:
-                again = lengths * (self.iterations - iteration) // self.iterations
-                # Nothing is masked any more, so no logits are read.
-                unread = scores.new_empty(1, 1, NUM_SPECIAL).expand(*tokens.shape, -1)
-                tokens, scores = mask_predict_step(unread, tokens, scores, lengths, again)
+            if iteration < iterations and self.block is not None:
+                later = torch.arange(width, device=source.device) >= iteration * self.block
+                tokens = tokens.masked_fill(later & live, MASK)
+            elif iteration < iterations:
+                again = lengths * (iterations - iteration) // iterations
+                tokens, scores = mask_again(tokens, scores, lengths, again)
         # A candidate that stands for no possible length cannot win, whatever the prior's weight.
         possible = log_probs > -torch.inf
         total = scores.sum(1).view(sentences, candidates)
@@ -195,7 +201,16 @@ class MaskPredict:
         )
 
 
-def _fill(
+def mask_again(
+    tokens: Tensor, scores: Tensor, lengths: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Masks the `count: [B]` tokens of lowest score in each row of `tokens: [B, T]`."""
+    # Nothing is masked yet, so no logits are read.
+    unread = scores.new_empty(1, 1, NUM_SPECIAL).expand(*tokens.shape, -1)
+    return mask_predict_step(unread, tokens, scores, lengths, count)
+
+
+def fill(
     model: CMLM,
     tokens: Tensor,
     scores: Tensor,
@@ -210,7 +225,7 @@ def _fill(
     masked = tokens == MASK
     if open_ is None:
         states = model.decode(tokens, lengths, memory)
-        best, log_probs, _ = model.best(states.flatten(0, 1))
+        best, log_probs = model.fill(states.flatten(0, 1))
         tokens = torch.where(masked, best.view_as(tokens), tokens)
         return tokens, torch.where(masked, log_probs.view_as(scores), scores)
     index = open_.nonzero()[:, 0]
@@ -219,5 +234,5 @@ def _fill(
         part = model.decode(tokens[rows], lengths[rows], memory.select(index), masked[rows])
     else:
         part = model.decode(tokens, lengths, memory, masked)
-    best, log_probs, _ = model.best(part)
+    best, log_probs = model.fill(part)
     return tokens.masked_scatter(masked, best), scores.masked_scatter(masked, log_probs)

@@ -15,6 +15,7 @@ from torch import Tensor
 from pynar import __version__
 from pynar.data.tokenizer import Tokenizer
 from pynar.decoding.autoregressive import BeamSearch, Greedy, Sampling
+from pynar.decoding.draft_and_verify import DraftAndVerify
 from pynar.decoding.hypotheses import Hypotheses
 from pynar.decoding.mask_predict import MaskPredict
 from pynar.models import TranslationModel
@@ -52,6 +53,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "greedy": Greedy,
     "sampling": Sampling,
     "mask_predict": MaskPredict,
+    "draft_and_verify": DraftAndVerify,
 }
 
 

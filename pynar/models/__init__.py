@@ -8,15 +8,18 @@ from typing import Any
 from pynar.models.autoregressive import AutoregressiveConfig, AutoregressiveTransformer
 from pynar.models.base import TranslationModel
 from pynar.models.cmlm import CMLM, CMLMConfig
+from pynar.models.janus import JANUS, JANUSConfig
 from pynar.models.nat import VanillaNAT, VanillaNATConfig
 from pynar.strict import from_dict
 
 __all__ = [
     "CMLM",
+    "JANUS",
     "MODELS",
     "AutoregressiveConfig",
     "AutoregressiveTransformer",
     "CMLMConfig",
+    "JANUSConfig",
     "TranslationModel",
     "VanillaNAT",
     "VanillaNATConfig",
@@ -24,7 +27,7 @@ __all__ = [
 ]
 
 MODELS: dict[str, type[TranslationModel]] = {
-    model.name: model for model in (AutoregressiveTransformer, CMLM, VanillaNAT)
+    model.name: model for model in (AutoregressiveTransformer, CMLM, JANUS, VanillaNAT)
 }
 
 

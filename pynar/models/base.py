@@ -14,6 +14,7 @@ from pynar.data.batching import Batch
 from pynar.nn.embedding import Embedding
 from pynar.nn.frozen import DTYPES, FrozenDecoder, FrozenEncoder
 from pynar.nn.transformer import Decoder, Encoder, Memory
+from pynar.nn.two_stream import PackedRows
 from pynar.ops import PackedWeight, linear_argmax, pack_linear, packed_linear
 from pynar.symbols import BOS, MASK, NUM_SPECIAL, PAD
 
@@ -99,7 +100,7 @@ class TranslationModel(nn.Module):
     Config: ClassVar[type[TransformerConfig]] = TransformerConfig
     name: ClassVar[str]
     banned: ClassVar[tuple[int, ...]] = (PAD, BOS, MASK)  # never produced
-    strategies: ClassVar[tuple[str, ...]]  # names in pynar.decoding, the usual one first
+    strategies: tuple[str, ...]  # names in pynar.decoding, the usual one first
     decoding_defaults: ClassVar[dict[str, Any]] = {}
     frozen: str = ""  # as what, if it is
     packed_vocabulary: PackedWeight | None = None
@@ -124,15 +125,18 @@ class TranslationModel(nn.Module):
         self.encoder: Any = Encoder(config.encoder_layers, *sizes, **habits)
         self.decoder: Any = Decoder(config.decoder_layers, *sizes, **habits)
         self.dropout = nn.Dropout(config.dropout)
-        exclusion = torch.zeros(config.target_vocabulary)
-        exclusion[list(self.banned)] = -torch.inf
-        self.register_buffer("exclusion", exclusion, persistent=False)
+        self.register_buffer("exclusion", self._exclude(self.banned), persistent=False)
         self.apply(self._initialise)
         if config.init == "xavier":
             # Beside scaled token embeddings of unit variance, smaller positions go unheard.
             for embedding in (self.source_embedding, self.target_embedding):
                 if embedding.learned is not None:
                     nn.init.normal_(embedding.learned.weight)
+
+    def _exclude(self, symbols: tuple[int, ...]) -> Tensor:
+        exclusion = torch.zeros(self.config.target_vocabulary)
+        exclusion[list(symbols)] = -torch.inf
+        return exclusion
 
     def _initialise(self, module: nn.Module) -> None:
         bert = self.config.init == "bert"
@@ -179,16 +183,21 @@ class TranslationModel(nn.Module):
         """Log-probabilities `[..., V]` in fp32; symbols that are never produced have none."""
         return (self.logits(states).float() + self.exclusion).log_softmax(-1)
 
-    def best(self, states: Tensor, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def best(
+        self, states: Tensor, k: int | None = None, *, exclusion: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The most probable tokens of `states: [N, C]`, without logits in memory.
 
+        `exclusion: [V]` is -inf for symbols that are not to be produced; the model's own if None.
         Returns tokens and log-probabilities, `[N]` or `[N, k]`, and the log-sum-exp `[N]`.
         """
         weight: Tensor | PackedWeight = self.target_embedding.tokens.weight.detach()
         states = states.to(self.target_embedding.tokens.weight.dtype)
         if self.packed_vocabulary is not None:
             states, weight = states.float(), self.packed_vocabulary
-        bias = self.exclusion.float()  # also where the whole model was converted
+        bias = (
+            self.exclusion if exclusion is None else exclusion
+        ).float()  # also where the whole model was converted
         return linear_argmax(states, weight, bias, k=k, return_lse=True)  # type: ignore[return-value]
 
     def log_prob(self, states: Tensor, tokens: Tensor, lse: Tensor) -> Tensor:
@@ -230,6 +239,15 @@ class TranslationModel(nn.Module):
         frozen.packed_vocabulary = pack_linear(self.target_embedding.tokens.weight, packed)
         frozen.frozen = dtype
         return frozen
+
+    def embed_rows(self, embedding: Embedding, rows: PackedRows) -> Tensor:
+        """Tokens and positions of packed rows, `[N, C]`, dropped out."""
+        positions = F.embedding(rows.positions, embedding.positions(0, rows.width))
+        return self.dropout(embedding.embed(rows.tokens) + positions)
+
+    def encode_rows(self, source: PackedRows) -> Tensor:
+        """Encodes sources without padding, `[N, C]`; `encode` is for those who need a `Memory`."""
+        return self.encoder.rows(self.embed_rows(self.source_embedding, source), source.intervals)
 
     def _token_loss(self, states: Tensor, labels: Tensor) -> Tensor:
         """Sum of the cross-entropies of `labels: [B, T]`, smoothed while training.

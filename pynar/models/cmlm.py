@@ -56,8 +56,8 @@ class CMLM(TranslationModel):
 
     Config: ClassVar[type[TransformerConfig]] = CMLMConfig
     name = "cmlm"
-    strategies = ("mask_predict",)
-    banned = (PAD, BOS, EOS, MASK)
+    strategies: tuple[str, ...] = ("mask_predict",)
+    banned: ClassVar[tuple[int, ...]] = (PAD, BOS, EOS, MASK)
 
     config: CMLMConfig
 
@@ -103,3 +103,8 @@ class CMLM(TranslationModel):
         With boolean `wanted: [B * n, T]` only those of the positions it marks, `[N, C]`.
         """
         return self.decoder(self.dropout(self.target_embedding(tokens)), memory, lengths, wanted)
+
+    def fill(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The most probable tokens of masked positions' `states: [N, C]`, and log-probabilities."""
+        tokens, log_probs, _ = self.best(states)
+        return tokens, log_probs

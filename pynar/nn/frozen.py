@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pynar.nn.transformer import Decoder, Encoder, FeedForward, _Residual
+from pynar.nn.transformer import Decoder, Encoder, FeedForward, KeysValues, _Residual
 from pynar.ops import interval_attention, pack_linear
 from pynar.ops._operator import OPERATORS
 from pynar.ops.packed_linear import ACTIVATIONS
@@ -179,8 +179,16 @@ class _SelfAttention:
         h = _heads(self.qkv(x), 3 * self.heads)
         return h[:, : self.heads], h[:, self.heads :]
 
-    def __call__(self, x: Tensor, intervals: Tensor, chosen: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        intervals: Tensor,
+        chosen: Tensor | None = None,
+        content: int | None = None,
+    ) -> Tensor:
+        """With `chosen: [M]` the result is that of those rows; they see the first `content`."""
         q, kv = self.project(x)
+        kv = kv[:content]
         if chosen is not None:
             q, x, intervals = q[chosen], x[chosen], intervals[chosen]
         y = _attend(q, kv[:, : self.heads], kv[:, self.heads :], intervals)
@@ -264,6 +272,10 @@ class FrozenMemory:
     @property
     def embedded(self) -> Tensor:
         return self.all_embedded if self.index is None else self.all_embedded[self.index]
+
+    def rows(self) -> tuple[KeysValues, Tensor]:
+        """As `Memory.rows`: keys and values `[N, H, D]` of every layer, and sentences `[B, 2]`."""
+        return self.keys_values, self.bounds
 
     def select(self, index: Tensor) -> FrozenMemory:
         """Keeps the sentences of `index`; nothing is copied."""
@@ -380,21 +392,43 @@ class FrozenDecoder(_Frozen):
             if chosen is not None:
                 here = chosen[(chosen >= start) & (chosen < end)] - start
             h = self._decode(
-                packed[start:end], sees[start:end] - start, reads[start:end], memory, here
+                packed[start:end],
+                sees[start:end] - start,
+                reads[start:end],
+                memory.keys_values,
+                here,
             )
             parts.append(h)
         h = torch.cat(parts) if len(parts) > 1 else parts[0]
         return h if wanted is not None else rows.unpack(h)
 
+    def rows(
+        self,
+        x: Tensor,
+        keys_values: KeysValues,
+        *,
+        sees: Tensor,
+        reads: Tensor,
+        content: int,
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """As `Decoder.rows`."""
+        return self._decode(x, sees, reads, keys_values, read, content)
+
     def _decode(
-        self, h: Tensor, sees: Tensor, reads: Tensor, memory: FrozenMemory, chosen: Tensor | None
+        self,
+        h: Tensor,
+        sees: Tensor,
+        reads: Tensor,
+        keys_values: KeysValues,
+        chosen: Tensor | None,
+        content: int | None = None,
     ) -> Tensor:
         last = len(self.layers) - 1
         for index, (attention, cross, feed) in enumerate(self.layers):
             here = chosen if index == last else None
-            h = attention(h, sees, here)
-            keys_values = memory.keys_values[index]
-            h = feed(cross(h, keys_values, reads if here is None else reads[here]))
+            h = attention(h, sees, here, content)
+            h = feed(cross(h, keys_values[index], reads if here is None else reads[here]))
         return self.norm(h)
 
     def _layout(
@@ -419,15 +453,23 @@ class FrozenDecoder(_Frozen):
         return FrozenCache(rows, len(self.layers), self.heads, self.dim)
 
     def step(self, x: Tensor, memory: FrozenMemory, cache: FrozenCache) -> Tensor:
-        """As `Decoder.step`, `x: [B * n, 1, C]`."""
+        """As `Decoder.step`, `x: [B * n, R, C]`; the last layer is of the last rows alone."""
         cache.reserve()
-        h = x[:, 0]
-        candidates = h.shape[0] // max(len(memory.lengths), 1)
-        reads = memory.bounds.repeat_interleave(candidates, 0)[:, None]
-        sees = cache.intervals()
+        rows, streams, _ = x.shape
+        h = x.flatten(0, 1)
+        candidates = rows // max(len(memory.lengths), 1)
+        last_reads = memory.bounds.repeat_interleave(candidates, 0)[:, None]
+        last_sees = cache.intervals()
+        reads, sees = last_reads, last_sees
+        if streams > 1:
+            reads, sees = (part.repeat_interleave(streams, 0) for part in (reads, sees))
         for index, (attention, cross, feed) in enumerate(self.layers):
             q, kv = attention.project(h)
-            h = attention.output(_attend(q, *cache.write(index, kv), sees), h)
+            keys_values = cache.write(index, kv[::streams])
+            if streams > 1 and index + 1 == len(self.layers):
+                h, q = (part[streams - 1 :: streams].contiguous() for part in (h, q))
+                reads, sees = last_reads, last_sees
+            h = attention.output(_attend(q, *keys_values, sees), h)
             h = feed(cross(h, memory.keys_values[index], reads))
         cache.position += 1
         return self.norm(h)[:, None]

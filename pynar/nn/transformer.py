@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pynar.nn.attention import CrossAttention, SelfAttention, padding_mask
+from pynar.ops.interval_attention import interval_attention
 
-__all__ = ["Decoder", "DecoderCache", "Encoder", "FeedForward", "Memory"]
+__all__ = ["Decoder", "DecoderCache", "Encoder", "FeedForward", "KeysValues", "Memory"]
+
+KeysValues = list[tuple[Tensor, Tensor]]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
@@ -30,6 +33,15 @@ class Memory:
     def mask(self) -> Tensor:
         """Boolean `[B, 1, 1, S]`, true on live source positions."""
         return padding_mask(self.lengths, self.states.shape[1])
+
+    def rows(self) -> tuple[KeysValues, Tensor]:
+        """Keys and values as rows `[B * S, H, D]`, and the live ones of each sentence `[B, 2]`."""
+        start = torch.arange(len(self.lengths), device=self.lengths.device) * self.states.shape[1]
+        flat = [
+            (k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1))
+            for k, v in self.keys_values
+        ]
+        return flat, torch.stack([start, start + self.lengths], 1).int()
 
     def select(self, index: Tensor) -> Memory:
         """Keeps the sentences of `index`, as finished ones leave the batch."""
@@ -60,6 +72,35 @@ class DecoderCache:
         self.data = self.data.index_select(0, index)
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
+    """Attention of rows `q: [N, C]` to rows `k`, `v: [M, H, D]` in their `intervals: [N, R, 2]`.
+
+    In fp32 where CPU would compute in fewer bits, as in `pynar.nn.attention`.
+    """
+    q = q.unflatten(-1, k.shape[-2:])
+    dtype = q.dtype
+    if q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and q.requires_grad:
+        q, k, v = q.float(), k.float(), v.float()
+    y = cast(Tensor, interval_attention(q, k, v, intervals))
+    return y.flatten(-2).to(dtype)
+
+
+def _self_attend(
+    attention: SelfAttention, x: Tensor, intervals: Tensor, content: int, read: Tensor | None
+) -> Tensor:
+    """Self-attention of packed rows `x: [N, C]` to the first `content` of them.
+
+    Only these have keys and values. With `read: [M]` the result is that of those rows alone.
+    """
+    dim = x.shape[-1]
+    weight, key_value_weight = attention.qkv.weight.split([dim, 2 * dim])
+    bias, key_value_bias = attention.qkv.bias.split([dim, 2 * dim])
+    keys_values = F.linear(x[:content], key_value_weight, key_value_bias)
+    k, v = keys_values.unflatten(-1, (2, attention.heads, -1)).unbind(1)
+    q = F.linear(x if read is None else x[read], weight, bias)
+    return attention.output(_attend(q, k, v, intervals))
+
+
 class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int, activation: str) -> None:
         super().__init__()
@@ -80,10 +121,14 @@ class _Residual(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm_first = norm_first
 
-    def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, sublayer: Callable[[Tensor], Tensor], read: Tensor | None = None
+    ) -> Tensor:
+        """With `read` the sub-layer gives the results of those rows alone, and they go on."""
+        kept = x if read is None else x[read]
         if self.norm_first:
-            return x + self.dropout(sublayer(self.norm(x)))
-        return self.norm(x + self.dropout(sublayer(x)))
+            return kept + self.dropout(sublayer(self.norm(x)))
+        return self.norm(kept + self.dropout(sublayer(x)))
 
 
 class _EncoderLayer(nn.Module):
@@ -149,6 +194,20 @@ class Encoder(nn.Module):
             x = layer(x, mask)
         return self.norm(x)
 
+    def rows(self, x: Tensor, intervals: Tensor) -> Tensor:
+        """Encodes packed rows `x: [N, C]`, each of which sees the rows of its interval.
+
+        `intervals: [N, 1, 2]` hold the sentence of every row; no row is padding.
+        """
+        for layer in cast("list[_EncoderLayer]", self.layers):
+            attention = layer.self_attention
+
+            def attend(h: Tensor, attention: SelfAttention = attention) -> Tensor:
+                return _self_attend(attention, h, intervals, len(h), None)
+
+            x = layer.residual[1](layer.residual[0](x, attend), layer.feed_forward)
+        return self.norm(x)
+
 
 class Decoder(nn.Module):
     """A stack of layers over target states and the memory: causal, bidirectional or stepwise."""
@@ -175,6 +234,10 @@ class Decoder(nn.Module):
     def project(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Every layer's cross-attention keys and values of the encoder's `states`."""
         return [layer.cross_attention.project(states) for layer in self._stack()]
+
+    def project_rows(self, states: Tensor) -> KeysValues:
+        """As `project`, of packed rows `states: [N, C]`: keys and values `[N, H, D]`."""
+        return [(k.transpose(0, 1), v.transpose(0, 1)) for k, v in self.project(states)]
 
     def _stack(self) -> list[_DecoderLayer]:
         return cast("list[_DecoderLayer]", self.layers)
@@ -206,11 +269,68 @@ class Decoder(nn.Module):
         """What decoding needs of the encoder's `states: [B, S, C]`, projected for every layer."""
         return Memory(states, embedded, lengths, self.project(states))
 
+    def rows(
+        self,
+        x: Tensor,
+        keys_values: KeysValues,
+        *,
+        sees: Tensor,
+        reads: Tensor,
+        content: int,
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """Decodes packed rows `x: [N, C]` of any sentences and streams; none is padding.
+
+        The first `content` rows have keys and values; the others, queries, only look. All rows
+        share the weights, and each has its own residual path.
+
+        Args:
+            keys_values: of every layer, the source's rows, `[S, H, D]` each.
+            sees: `[N, R, 2]`, which content rows a row sees.
+            reads: `[N, 1, 2]`, which source rows.
+            read: `[M]`, the rows that are wanted; the last layer is computed for them alone.
+
+        Returns:
+            `[N, C]`, or `[M, C]`.
+        """
+        last = len(self.layers) - 1
+        for index, (layer, (k, v)) in enumerate(zip(self._stack(), keys_values, strict=True)):
+            here = read if index == last else None
+            if here is not None:
+                sees, reads = sees[here], reads[here]
+            attention, cross = layer.self_attention, layer.cross_attention
+
+            def attend(
+                h: Tensor,
+                attention: SelfAttention = attention,
+                sees: Tensor = sees,
+                here: Tensor | None = here,
+            ) -> Tensor:
+                return _self_attend(attention, h, sees, content, here)
+
+            def look(
+                h: Tensor,
+                cross: CrossAttention = cross,
+                k: Tensor = k,
+                v: Tensor = v,
+                reads: Tensor = reads,
+            ) -> Tensor:
+                return cross.output(_attend(cross.query(h), k, v, reads))
+
+            x = layer.residual[0](x, attend, here)
+            x = layer.residual[2](layer.residual[1](x, look), layer.feed_forward)
+        return self.norm(x)
+
     def cache(self, rows: int, like: Tensor) -> DecoderCache:
         return DecoderCache(rows, len(self.layers), self.heads, self.dim, like)
 
     def step(self, x: Tensor, memory: Memory, cache: DecoderCache) -> Tensor:
-        """Decodes the next position `x: [B * n, 1, C]` of every row and advances the cache."""
+        """Decodes the next position of every row, `x: [B * n, R, C]`, and advances the cache.
+
+        All R see what came before and the first of them, which alone has a key and a value: a
+        second one is the query of two-stream models. Returns the last one's states,
+        `[B * n, 1, C]`.
+        """
         cache.reserve()
         memory_mask = memory.mask
         for index, (layer, keys_values) in enumerate(
@@ -225,4 +345,4 @@ class Decoder(nn.Module):
 
             x = layer(x, attend, keys_values, memory_mask)
         cache.position += 1
-        return self.norm(x)
+        return self.norm(x[:, -1:])

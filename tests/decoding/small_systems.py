@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from pynar.data.batching import Batch, collate
-from pynar.decoding import BeamSearch, Greedy, Hypotheses, MaskPredict, Sampling, Strategy
+from pynar.decoding import (
+    BeamSearch,
+    DraftAndVerify,
+    Greedy,
+    Hypotheses,
+    MaskPredict,
+    Sampling,
+    Strategy,
+)
 from pynar.models import AutoregressiveTransformer, TranslationModel, build
 from pynar.symbols import BOS, EOS, MASK, NUM_SPECIAL, PAD
 
@@ -30,7 +38,7 @@ def _trained(name: str, vocabulary: int, changes: tuple[tuple[str, Any], ...]) -
     torch.manual_seed(0)
     sizes = {"source_vocabulary": vocabulary, "target_vocabulary": vocabulary, **SIZES}
     fields = {"model": name, **sizes, "norm": "pre", "dropout": 0.0, "max_length": 64}
-    if name in ("cmlm", "nat"):
+    if name in ("cmlm", "janus", "nat"):
         fields["length_classes"] = 12
     model = build({**fields, **dict(changes)})
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -88,6 +96,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any], Strategy]] = {
     "sampling": ("autoregressive", {}, Sampling(seed=3, max_extra=2)),
     "sampling-3": ("autoregressive", {}, Sampling(samples=3, top_k=4, temperature=1.5)),
     "cmlm": ("cmlm", {}, MaskPredict(iterations=4, length_candidates=3, n_best=2)),
+    "cmlm-blocks": ("cmlm", {}, MaskPredict(block=2, length_candidates=3)),
     "cmlm-difference": (
         "cmlm",
         {"length_kind": "difference", "norm": "post"},
@@ -95,6 +104,21 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any], Strategy]] = {
     ),
     "nat-copy": ("nat", {}, MaskPredict(iterations=1, length_candidates=2)),
     "nat-mask": ("nat", {"decoder_input": "mask"}, MaskPredict(iterations=1)),
+    "janus-greedy": ("janus", {}, Greedy(max_extra=2)),
+    "janus-beam": (
+        "janus",
+        {"norm": "post", "positions": "learned"},
+        BeamSearch(beam=3, n_best=2, max_extra=2),
+    ),
+    "janus-sampling": ("janus", {}, Sampling(samples=2, top_k=4)),
+    "janus-cmlm": ("janus", {}, MaskPredict(iterations=4, length_candidates=3, n_best=2)),
+    "janus-blocks": ("janus", {}, MaskPredict(block=3, length_candidates=2)),
+    "janus-draft": ("janus", {}, DraftAndVerify(max_extra=2)),
+    "janus-cmlm-learned": (
+        "janus",
+        {"norm": "post", "positions": "learned"},
+        MaskPredict(iterations=3, length_candidates=3),
+    ),
 }
 LENGTHS = [4, 1, 9, 2, 4, 7]
 

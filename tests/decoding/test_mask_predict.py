@@ -44,6 +44,28 @@ def slow_decode(model: CMLM, source: Tensor, length: int, iterations: int):
     return states, sum(scores) / length
 
 
+@pytest.mark.parametrize("kind", ["cmlm", "cmlm-difference"])
+@pytest.mark.parametrize("block", [1, 2, 3, 100])
+@torch.no_grad()
+def test_blocks_are_settled_from_left_to_right(kind: str, block: int) -> None:
+    name, changes = MODELS[kind]
+    model = make_model(name, **changes)
+    source, lengths = make_source(LENGTHS)
+    found = MaskPredict(block=block, length_candidates=1).decode(model, source, lengths)
+    for row, count in enumerate(LENGTHS):
+        length = int(found.lengths[row, 0])
+        memory = model.encode(source[row : row + 1, :count], lengths[row : row + 1])
+        tokens = [MASK] * length
+        for start in range(0, length, block):
+            states = model.decode(torch.tensor([tokens]), torch.tensor([length]), memory)
+            logits = model.logits(states)[0]
+            logits[:, [PAD, BOS, EOS, MASK]] = -torch.inf
+            stop = min(start + block, length)
+            tokens[start:stop] = logits.argmax(-1)[start:stop].tolist()
+        assert found.lists()[row][0] == tokens
+        assert int(found.passes[row]) == -(-length // block)
+
+
 def slow_lengths(model: CMLM, source: Tensor, count: int) -> list[int]:
     """The most probable lengths that there are, best first."""
     memory = model.encode(source[None], torch.tensor([len(source)]))
