@@ -1,8 +1,8 @@
 """JANUS (Liang et al. 2022) as it is usually written: padded, with masks as matrices.
 
 An encoder pass for each direction, four padded streams, keys and values of the queries' contents
-computed again, and every row through the last layer. The truth for the tests of
-`pynar.models.JANUS`, whose weights it reads, and the other side of its benchmark.
+computed again, every row through the last layer, and every query through the vocabulary. The truth
+for the tests of `pynar.models.JANUS`, whose weights it reads, and the other side of its benchmark.
 """
 
 from __future__ import annotations
@@ -163,13 +163,12 @@ def losses(
     memory = encode()
     log_probs = {}
     _, query = decode(model, ar, memory, source_mask)
-    every = model.logits(query[ar.rows]).log_softmax(-1)
-    compared = F.pad(masked, (0, ar.rows.shape[1] - masked.shape[1]))
-    log_probs["ar"] = every[compared[ar.rows]]
+    every = model.logits(query).log_softmax(-1)
+    log_probs["ar"] = every[F.pad(masked, (0, ar.rows.shape[1] - masked.shape[1]))]
     memory = encode()
     content, query = decode(model, aux, memory, source_mask)
     log_probs["nar"] = model.logits(content[aux.content == MASK]).log_softmax(-1)
-    log_probs["aux"] = model.logits(query[aux.rows]).log_softmax(-1)
+    log_probs["aux"] = model.logits(query).log_softmax(-1)[aux.rows]
 
     smoothing = model.config.label_smoothing if model.training else 0.0
 
@@ -179,7 +178,7 @@ def losses(
 
     labels = aux.labels[aux.rows]
     return {
-        "ar": entropy(every, ar.labels[ar.rows]),
+        "ar": entropy(every[ar.rows], ar.labels[ar.rows]),
         "nar": entropy(log_probs["nar"], labels),
         "aux": entropy(log_probs["aux"], labels),
         "kl_ar_nar": _divergence(log_probs["ar"], log_probs["nar"]),

@@ -245,9 +245,12 @@ class JANUS(CMLM):
         if self._compared:
             # Selected as states, so that no logits are gathered.
             b = len(streams.labels)
-            logits = [self.logits(states[name][:b]) for name in self._compared]
+            compared = torch.cat([states[name][:b] for name in self._compared])
             entropies, kl = divergence_cross_entropy(
-                logits, streams.labels, self._pairs, label_smoothing=smoothing
+                self.logits(compared).unflatten(0, (len(self._compared), b)),
+                streams.labels,
+                self._pairs,
+                label_smoothing=smoothing,
             )
             for name, entropy in zip(self._compared, entropies.sum(1).unbind(), strict=True):
                 sums[name] = sums[name] + entropy
@@ -258,7 +261,7 @@ class JANUS(CMLM):
         if alone:
             sizes = [len(states[name]) for name in alone]
             entropies, _ = divergence_cross_entropy(
-                [self.logits(torch.cat([states[name] for name in alone]))],
+                self.logits(torch.cat([states[name] for name in alone]))[None],
                 torch.cat([labels[name] for name in alone]),
                 label_smoothing=smoothing,
             )
@@ -332,24 +335,20 @@ class JANUS(CMLM):
 
 
 def divergence_cross_entropy(
-    logits: Sequence[Tensor],
+    logits: Tensor,
     targets: Tensor,
     pairs: Sequence[tuple[int, int]] = (),
     *,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropies `[C, N]` of heads `[N, V]`, and symmetric divergences `[P, N]` of `pairs`."""
-    log_probs = [
-        (head if head.dtype == torch.float64 else head.float()).log_softmax(-1) for head in logits
-    ]
-    entropies = [
-        (1 - label_smoothing) * F.nll_loss(p, targets, reduction="none")
-        - label_smoothing * p.mean(-1)
-        for p in log_probs
-    ]
-    divergences = [
-        0.5 * ((log_probs[p].exp() - log_probs[q].exp()) * (log_probs[p] - log_probs[q])).sum(-1)
-        for p, q in pairs
-    ]
-    none = log_probs[0].new_zeros(0, len(targets))
-    return torch.stack(entropies), torch.stack(divergences) if pairs else none
+    """Cross-entropies `[C, N]` of `logits: [C, N, V]`, and divergences `[P, N]` of `pairs`."""
+    log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    nll = -log_probs.gather(-1, targets.expand(len(logits), -1)[..., None])[..., 0]
+    entropies = nll
+    if label_smoothing:
+        entropies = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(-1)
+    if not pairs:
+        return entropies, nll.new_zeros(0, len(targets))
+    heads, probs = log_probs.unbind(), log_probs.exp().unbind()
+    divergences = [0.5 * ((probs[p] - probs[q]) * (heads[p] - heads[q])).sum(-1) for p, q in pairs]
+    return entropies, torch.stack(divergences)
