@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pynar import reference
+from pynar.ops import _nvrtc
 from pynar.ops._checks import Check
 from pynar.ops._operator import Operator
 
@@ -121,6 +122,53 @@ def _accumulation(logits: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if logits[0].dtype == torch.float64 else torch.float32
 
 
+def _readable(logits: Sequence[Tensor]) -> list[Tensor]:
+    return [x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous() for x in _heads(logits)]
+
+
+def _native(
+    extension: Any,
+    logits: Sequence[Tensor],
+    targets: Tensor,
+    pairs: list[int],
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = _readable(logits)
+    if not heads or heads[0].dim() != 2:
+        _check(Check("divergence_cross_entropy"), heads, targets, pairs, label_smoothing)
+    results = _fake(heads, targets, pairs, label_smoothing)
+    plan = extension.divergence_cross_entropy(heads, targets, pairs, label_smoothing, *results)
+    if plan is not None:
+        _nvrtc.launch(plan)
+    return results
+
+
+def _backward_native(
+    extension: Any,
+    grad_cross_entropy: Tensor,
+    grad_divergence: Tensor,
+    logits: Sequence[Tensor],
+    targets: Tensor,
+    statistics: Tensor,
+    pairs: list[int],
+    label_smoothing: float,
+) -> list[Tensor]:
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in logits]
+    plan = extension.divergence_cross_entropy_backward(
+        grad_cross_entropy,
+        grad_divergence,
+        _readable(logits),
+        targets,
+        statistics.contiguous(),
+        pairs,
+        label_smoothing,
+        _heads(grads),
+    )
+    if plan is not None:
+        _nvrtc.launch(plan)
+    return grads
+
+
 def _check(
     check: Check, logits: Sequence[Tensor], targets: Tensor, pairs: list[int], smoothing: float
 ) -> None:
@@ -148,7 +196,7 @@ def _check(
             check.fail("pairs", "have each pair once", f"{pair} again")
         seen.add(frozenset(pair))
     if not 0 <= smoothing <= 1:
-        check.fail("label_smoothing", "be in [0, 1]", smoothing)
+        check.fail("label_smoothing", "be in [0, 1]", f"{smoothing:.6f}")
 
 
 def _reference(
@@ -226,7 +274,7 @@ def _backward_fake(
 _FORWARD = Operator(
     "divergence_cross_entropy(Tensor[] logits, Tensor targets, int[] pairs, "
     "float label_smoothing) -> (Tensor, Tensor, Tensor)",
-    native=lambda extension, *arguments: _reference(*arguments),
+    native=_native,
     reference=_reference,
     fake=_fake,
 )
@@ -235,7 +283,7 @@ _BACKWARD = Operator(
     "divergence_cross_entropy_backward(Tensor grad_cross_entropy, Tensor grad_divergence, "
     "Tensor[] logits, Tensor targets, Tensor statistics, int[] pairs, float label_smoothing) "
     "-> Tensor[]",
-    native=lambda extension, *arguments: _backward_reference(*arguments),
+    native=_backward_native,
     reference=_backward_reference,
     fake=_backward_fake,
 )
