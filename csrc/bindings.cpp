@@ -82,6 +82,8 @@ PYBIND11_MODULE(_C, m) {
         return kernels;
       });
 
+  m.def("divergence_cross_entropy", &pynar::divergence_cross_entropy, Release());
+  m.def("divergence_cross_entropy_backward", &pynar::divergence_cross_entropy_backward, Release());
   m.def("linear_argmax", &pynar::linear_argmax, Release());
   m.def("linear_argmax_workspace", &pynar::linear_argmax_workspace);
   m.def("packed_linear", &pynar::packed_linear, Release());

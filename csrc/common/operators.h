@@ -88,6 +88,14 @@ std::optional<LaunchPlan> mask_predict_step(const Tensor& logits, const Tensor& 
                                             const Tensor& num_masked, const Tensor& new_tokens,
                                             const Tensor& new_scores,
                                             const std::optional<Tensor>& workspace);
+std::optional<LaunchPlan> divergence_cross_entropy(
+    const std::vector<Tensor>& logits, const Tensor& targets, const std::vector<int64_t>& pairs,
+    double label_smoothing, const Tensor& cross_entropy, const Tensor& divergence,
+    const Tensor& statistics);
+std::optional<LaunchPlan> divergence_cross_entropy_backward(
+    const Tensor& grad_cross_entropy, const Tensor& grad_divergence,
+    const std::vector<Tensor>& logits, const Tensor& targets, const Tensor& statistics,
+    const std::vector<int64_t>& pairs, double label_smoothing, const std::vector<Tensor>& grads);
 void packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales,
                    const std::optional<Tensor>& column_sums, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& residual, const std::optional<Tensor>& norm_weight,

@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <pybind11/pybind11.h>
+#include <vector>
 
 #include "common/tensor.h"
 
@@ -135,6 +136,27 @@ struct type_caster<std::optional<pynar::Tensor>> {
 
  private:
   make_caster<pynar::Tensor> tensor_;
+};
+
+// A list of tensors; for the same reason it keeps the casters.
+template <>
+struct type_caster<std::vector<pynar::Tensor>> {
+  PYBIND11_TYPE_CASTER(std::vector<pynar::Tensor>, const_name("list[Tensor]"));
+
+  bool load(handle source, bool convert) {
+    if (!isinstance<sequence>(source)) return false;
+    const auto items = reinterpret_borrow<sequence>(source);
+    tensors_ = std::vector<make_caster<pynar::Tensor>>(items.size());
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const object item = items[i];
+      if (!tensors_[i].load(item, convert)) return false;
+      value.push_back(cast_op<pynar::Tensor&>(tensors_[i]));
+    }
+    return true;
+  }
+
+ private:
+  std::vector<make_caster<pynar::Tensor>> tensors_;
 };
 
 }  // namespace pybind11::detail

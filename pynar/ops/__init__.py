@@ -1,5 +1,6 @@
 """Operators: functions of tensors, on the CPU, on CUDA, and under `torch.compile`."""
 
+from pynar.ops.divergence_cross_entropy import divergence_cross_entropy
 from pynar.ops.interval_attention import interval_attention
 from pynar.ops.intervals import (
     causal_intervals,
@@ -14,6 +15,7 @@ from pynar.ops.packed_linear import PackedWeight, pack_linear, packed_linear
 __all__ = [
     "PackedWeight",
     "causal_intervals",
+    "divergence_cross_entropy",
     "interval_attention",
     "interval_mask",
     "linear_argmax",

@@ -1,5 +1,9 @@
 """The definition of every operator in plain PyTorch; `pynar.ops` has the fast ones."""
 
+from pynar.reference.divergence_cross_entropy import (
+    divergence_cross_entropy,
+    divergence_cross_entropy_backward,
+)
 from pynar.reference.interval_attention import (
     interval_attention,
     interval_attention_backward,
@@ -10,6 +14,8 @@ from pynar.reference.mask_predict_step import mask_predict_step
 from pynar.reference.packed_linear import packed_linear, round_rows
 
 __all__ = [
+    "divergence_cross_entropy",
+    "divergence_cross_entropy_backward",
     "interval_attention",
     "interval_attention_backward",
     "interval_mask",

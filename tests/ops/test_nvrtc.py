@@ -56,6 +56,17 @@ EVERY_KERNEL = [
             "pynar::linear_argmax_finish<128>",
         ],
     ),
+    *(
+        (
+            f"losses/divergence_cross_entropy{file}.cuh",
+            [
+                f"pynar::divergence_cross_entropy_{kernel}<{dtype}, {heads}>"
+                for dtype in DTYPES
+                for heads in (1, 2, 3, 4)
+            ],
+        )
+        for file, kernel in (("", "rows"), ("_backward", "gradient"))
+    ),
 ]
 
 
@@ -234,3 +245,43 @@ def test_attention_plans_name_kernels_and_carry_parameters(
     assert struct.unpack("<d", forward.parameters[-16:-8]) == (0.5,)
     assert fields[-1] == 1
     _compile(backward.source, names)
+
+
+def test_divergence_plans_name_kernels_and_carry_parameters(extension: Any) -> None:
+    rows, vocabulary = 5, 72
+    integer, floating, bfloat = 0, 2, 4
+    logits = [_OnGpu(0x1000 * i, (rows, vocabulary), bfloat, 16) for i in (1, 2, 3)]
+    grads = [_OnGpu(0x10000 * i, (rows, vocabulary), bfloat, 16) for i in (1, 2, 3)]
+    targets = _OnGpu(0x4000, (rows,), integer, 64)
+    for pairs, group in (([2, 0], 3), ([], 1)):
+        cross_entropy = _OnGpu(0x5000, (3, rows), floating, 32)
+        divergence = _OnGpu(0x6000, (len(pairs) // 2, rows), floating, 32)
+        statistics = _OnGpu(0x7000, (6 + len(pairs), rows), floating, 32)
+        results = (cross_entropy, divergence, statistics)
+        extension.set_use_nvrtc(True)
+        try:
+            forward = extension.divergence_cross_entropy(logits, targets, pairs, 0.1, *results)
+            backward = extension.divergence_cross_entropy_backward(
+                cross_entropy, divergence, logits, targets, statistics, pairs, 0.1, grads
+            )
+        finally:
+            extension.set_use_nvrtc(False)
+        ending = f"<pynar::BFloat16, {group}>"
+        blocks = rows * 3 // group
+        assert forward.kernels == [("pynar::divergence_cross_entropy_rows" + ending, blocks, 256)]
+        assert backward.kernels == [
+            ("pynar::divergence_cross_entropy_gradient" + ending, blocks, 256)
+        ]
+        fields = struct.unpack(f"<{len(forward.parameters) // 8}q", forward.parameters)
+        assert fields[:8] == (0x1000, 0x2000, 0x3000, 0, *(vocabulary,) * 3, 0)
+        assert fields[8:16] == (
+            *(0x4000, 0x5000, 0x6000, 0x7000),
+            *(rows, vocabulary, 3, len(pairs) // 2),
+        )
+        assert fields[16:18] == (tuple(pairs) or (0, 0))
+        assert struct.unpack("<d", forward.parameters[-16:-8]) == (0.1,)
+        assert fields[-1] == 1
+        fields = struct.unpack(f"<{len(backward.parameters) // 8}q", backward.parameters)
+        assert fields[8:16] == (0x10000, 0x20000, 0x30000, 0, *(vocabulary,) * 3, 0)
+        assert fields[16:20] == (0x4000, 0x5000, 0x6000, 0x7000)
+        assert fields[-1] == 1

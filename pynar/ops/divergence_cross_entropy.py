@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pynar import reference
+from pynar.ops import _nvrtc
+from pynar.ops._checks import Check
+from pynar.ops._operator import Operator
+
+__all__ = ["divergence_cross_entropy"]
+
+MAX_HEADS = 4
+
+
+def divergence_cross_entropy(
+    logits: Tensor | Sequence[Tensor],
+    targets: Tensor,
+    pairs: Sequence[tuple[int, int]] = (),
+    *,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    r"""Returns the cross-entropies of several heads for the same targets, and how far they differ.
+
+    With :math:`p^h` the softmax of a row :math:`x^h` of head :math:`h`, :math:`y` its target and
+    :math:`\varepsilon` the label smoothing,
+
+    .. math:: \mathrm{CE}_h = -(1 - \varepsilon) \log p^h_y
+                  - \frac{\varepsilon}{V} \sum_v \log p^h_v, \qquad
+              K_{pq} = \tfrac12 [\mathrm{KL}(p \| q) + \mathrm{KL}(q \| p)]
+                     = \tfrac12 \sum_v (p_v - q_v)(\log p_v - \log q_v),
+
+    the losses of JANUS (Liang et al., 2022) and of R-Drop and mutual learning alike. Both carry
+    gradients into every head; detach one to have it teach the other. The logits are read once here
+    and once for the gradients, which are written in the logits' type; nothing else of size `[N, V]`
+    is allocated. Sums are in float32, or in float64 for float64 logits.
+
+    The cross-entropy is that of :func:`torch.nn.functional.cross_entropy` with
+    ``reduction="none"``, for logits of -inf too. A symbol whose logit is -inf in both heads of a
+    pair adds nothing to their divergence; in one of them alone, it makes the divergence inf,
+    however improbable the other finds it. A row of a head that has no distribution (a NaN or +inf
+    in it, or -inf throughout) makes NaN of what depends on it in that row, and of nothing else. In
+    the gradient of a row a term with factor 0 has no part, even where it is not finite; an infinite
+    divergence with another factor gives NaN.
+
+    Args:
+        logits: one to four heads, each `[N, V]`, float32, bfloat16, float16 or float64; or all
+            heads in one tensor, `[C, N, V]`. Of each, only the last dimension must be contiguous.
+            Where one matrix product makes the rows of all heads, `[C N, V]`, pass its
+            ``view(C, N, V)``: its gradient then comes in one piece, while slices or ``unbind()``
+            would cost another pass to join theirs.
+        targets: `[N]`, int64, each in `[0, V)`. A target outside raises an error on the CPU and
+            gives NaN on a GPU.
+        pairs: the pairs of heads whose divergence is wanted, by index; each at most once.
+        label_smoothing: :math:`\varepsilon`, from 0 to 1.
+
+    Returns:
+        The cross-entropies, `[C, N]`, and the divergences, `[P, N]`, in nats a row; both float32
+        (float64 for float64 logits).
+
+    Example:
+        >>> ar = torch.zeros(1, 2)
+        >>> nar = torch.tensor([[1.0, 3.0]]).log()
+        >>> cross_entropy, divergence = divergence_cross_entropy(
+        ...     (ar, nar), torch.tensor([0]), pairs=[(0, 1)]
+        ... )
+        >>> cross_entropy.exp()
+        tensor([[2.],
+                [4.]])
+        >>> divergence
+        tensor([[0.1373]])
+    """
+    heads = (logits,) if isinstance(logits, Tensor) else tuple(logits)
+    flat = [head for pair in pairs for head in pair]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in heads):
+        cross_entropy, divergence, _ = _Differentiable.apply(targets, flat, label_smoothing, *heads)
+    else:
+        cross_entropy, divergence, _ = _FORWARD.call(heads, targets, flat, label_smoothing)
+    return cross_entropy, divergence
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        targets: Tensor, pairs: list[int], label_smoothing: float, *logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _FORWARD.call(logits, targets, pairs, label_smoothing)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        targets, ctx.pairs, ctx.label_smoothing, *logits = inputs
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(targets, output[2], *logits)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_cross_entropy: Tensor, grad_divergence: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        targets, statistics, *logits = ctx.saved_tensors
+        grads = _BACKWARD.call(
+            grad_cross_entropy,
+            grad_divergence,
+            logits,
+            targets,
+            statistics,
+            ctx.pairs,
+            ctx.label_smoothing,
+        )
+        return (None, None, None, *grads)
+
+
+def _heads(logits: Sequence[Tensor]) -> list[Tensor]:
+    """The heads, `[N, V]` each, of one tensor `[C, N, V]` or of a list of them."""
+    stacked = len(logits) == 1 and logits[0].dim() == 3
+    return list(logits[0].unbind()) if stacked else list(logits)
+
+
+def _accumulation(logits: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if logits[0].dtype == torch.float64 else torch.float32
+
+
+def _readable(logits: Sequence[Tensor]) -> list[Tensor]:
+    return [x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous() for x in _heads(logits)]
+
+
+def _native(
+    extension: Any,
+    logits: Sequence[Tensor],
+    targets: Tensor,
+    pairs: list[int],
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = _readable(logits)
+    if not heads or heads[0].dim() != 2:
+        _check(Check("divergence_cross_entropy"), heads, targets, pairs, label_smoothing)
+    results = _fake(heads, targets, pairs, label_smoothing)
+    plan = extension.divergence_cross_entropy(heads, targets, pairs, label_smoothing, *results)
+    if plan is not None:
+        _nvrtc.launch(plan)
+    return results
+
+
+def _backward_native(
+    extension: Any,
+    grad_cross_entropy: Tensor,
+    grad_divergence: Tensor,
+    logits: Sequence[Tensor],
+    targets: Tensor,
+    statistics: Tensor,
+    pairs: list[int],
+    label_smoothing: float,
+) -> list[Tensor]:
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in logits]
+    plan = extension.divergence_cross_entropy_backward(
+        grad_cross_entropy,
+        grad_divergence,
+        _readable(logits),
+        targets,
+        statistics.contiguous(),
+        pairs,
+        label_smoothing,
+        _heads(grads),
+    )
+    if plan is not None:
+        _nvrtc.launch(plan)
+    return grads
+
+
+def _check(
+    check: Check, logits: Sequence[Tensor], targets: Tensor, pairs: list[int], smoothing: float
+) -> None:
+    heads = _heads(logits)
+    if not 1 <= len(heads) <= MAX_HEADS:
+        check.fail("logits", f"have 1 to {MAX_HEADS} heads", len(heads))
+    for i, head in enumerate(heads):
+        name = f"logits[{i}]"
+        check.dims(name, head, 2, "[N, V]")
+        wanted = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        check.dtype(name, head, wanted if i == 0 else (heads[0].dtype,))
+        check.shape(name, head, list(heads[0].shape), "that of `logits[0]`")
+        check.device(name, head, "logits[0]", heads[0])
+    rows, vocabulary = heads[0].shape
+    if vocabulary == 0:
+        check.fail("logits[0]", "have at least one symbol", 0)
+    check.shape("targets", targets, [rows], "rows of `logits[0]`")
+    check.dtype("targets", targets, (torch.int64,))
+    check.device("targets", targets, "logits[0]", heads[0])
+    seen: set[frozenset[int]] = set()
+    for pair in zip(pairs[::2], pairs[1::2], strict=True):
+        if pair[0] == pair[1] or not all(0 <= head < len(heads) for head in pair):
+            check.fail("pairs", f"be of two different heads in [0, {len(heads)})", pair)
+        if frozenset(pair) in seen:
+            check.fail("pairs", "have each pair once", f"{pair} again")
+        seen.add(frozenset(pair))
+    if not 0 <= smoothing <= 1:
+        check.fail("label_smoothing", "be in [0, 1]", f"{smoothing:.6f}")
+
+
+def _reference(
+    logits: Sequence[Tensor], targets: Tensor, pairs: list[int], label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    check = Check("divergence_cross_entropy")
+    _check(check, logits, targets, pairs, label_smoothing)
+    heads = _heads(logits)
+    if targets.device.type == "cpu":
+        wrong = (targets < 0) | (targets >= heads[0].shape[1])
+        for row in wrong.nonzero()[:1, 0].tolist():
+            got = f"{int(targets[row])} (row {row})"
+            check.fail("targets", f"have values in [0, {heads[0].shape[1]})", got)
+    return reference.divergence_cross_entropy(
+        heads, targets, _in_twos(pairs), label_smoothing=label_smoothing
+    )
+
+
+def _in_twos(pairs: list[int]) -> list[tuple[int, int]]:
+    return list(zip(pairs[::2], pairs[1::2], strict=True))
+
+
+def _fake(
+    logits: Sequence[Tensor], targets: Tensor, pairs: list[int], label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = _heads(logits)
+    rows = heads[0].shape[0]
+
+    def new(count: int) -> Tensor:
+        return heads[0].new_empty((count, rows), dtype=_accumulation(heads))
+
+    count = len(pairs) // 2
+    return new(len(heads)), new(count), new(2 * len(heads) + 2 * count)
+
+
+def _backward_reference(
+    grad_cross_entropy: Tensor,
+    grad_divergence: Tensor,
+    logits: Sequence[Tensor],
+    targets: Tensor,
+    statistics: Tensor,
+    pairs: list[int],
+    label_smoothing: float,
+) -> list[Tensor]:
+    check = Check("divergence_cross_entropy_backward")
+    _check(check, logits, targets, pairs, label_smoothing)
+    heads = _heads(logits)
+    rows, count = heads[0].shape[0], len(pairs) // 2
+    for name, tensor, size in (
+        ("grad_cross_entropy", grad_cross_entropy, len(heads)),
+        ("grad_divergence", grad_divergence, count),
+        ("statistics", statistics, 2 * len(heads) + 2 * count),
+    ):
+        check.shape(name, tensor, [size, rows], "as the forward pass returned")
+        check.dtype(name, tensor, (_accumulation(heads),))
+        check.device(name, tensor, "logits[0]", heads[0])
+    grads = reference.divergence_cross_entropy_backward(
+        grad_cross_entropy,
+        grad_divergence,
+        heads,
+        targets,
+        statistics,
+        _in_twos(pairs),
+        label_smoothing,
+    )
+    return [torch.stack(grads)] if logits[0].dim() == 3 else grads
+
+
+def _backward_fake(
+    grad_cross_entropy: Tensor, grad_divergence: Tensor, logits: Sequence[Tensor], *_: Any
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in logits]
+
+
+_FORWARD = Operator(
+    "divergence_cross_entropy(Tensor[] logits, Tensor targets, int[] pairs, "
+    "float label_smoothing) -> (Tensor, Tensor, Tensor)",
+    native=_native,
+    reference=_reference,
+    fake=_fake,
+)
+
+_BACKWARD = Operator(
+    "divergence_cross_entropy_backward(Tensor grad_cross_entropy, Tensor grad_divergence, "
+    "Tensor[] logits, Tensor targets, Tensor statistics, int[] pairs, float label_smoothing) "
+    "-> Tensor[]",
+    native=_backward_native,
+    reference=_backward_reference,
+    fake=_backward_fake,
+)
