@@ -7,7 +7,7 @@ from pynar.reference.interval_attention import (
 )
 from pynar.reference.linear_argmax import linear_argmax
 from pynar.reference.mask_predict_step import mask_predict_step
-from pynar.reference.packed_linear import packed_linear, round_rows
+from pynar.reference.packed_linear import packed_linear, round_rows, round_weight
 
 __all__ = [
     "interval_attention",
@@ -17,4 +17,5 @@ __all__ = [
     "mask_predict_step",
     "packed_linear",
     "round_rows",
+    "round_weight",
 ]
