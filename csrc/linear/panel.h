@@ -9,8 +9,9 @@
 //
 // int8 weights have a scale for each column. Inputs are rounded to 256 steps over the range of
 // their row, and 0, since the processor multiplies unsigned by signed bytes; what the row's zero
-// adds to a column is that many times the sum of its weights. With AVX2 two products are added in 16
-// bits, for which the sum of two weights at an even depth and the next one must lie in [-128, 128].
+// adds to a column is that many times the sum of its weights. With AVX2 two products are added in
+// 16 bits, for which the sum of two weights at an even depth and the next one must lie in [-128,
+// 128].
 //
 // Every output is summed up over depth in one order, whatever the number of rows and threads.
 #pragma once

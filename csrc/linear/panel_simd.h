@@ -165,10 +165,15 @@ struct Dot<WeightFormat::kInt8> {
   static Sum zero() { return _mm256_setzero_si256(); }
   static __m256i weights(const uint32_t* p, int) { return load_words(p); }
   static Word input(uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); }
-  // Two products to 16 bits, which saturate: the pairs of the weight are bounded, see panel.h.
+  // Two products are added in 16 bits, where they would saturate: a weight's pairs are bounded, see
+  // panel.h. With intrinsics GCC 12 begins all products of a step before it ends the first, and
+  // keeps most of the sums in memory.
   static Sum add(Sum sum, Word x, __m256i w) {
-    const __m256i pairs = _mm256_maddubs_epi16(x, w);
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    __m256i pairs;
+    asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+        : "+x"(sum), "=&x"(pairs)
+        : "x"(x), "x"(w), "xm"(_mm256_set1_epi16(1)));
+    return sum;
   }
   static Sum load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store(void* p, Sum sum) { _mm256_storeu_si256(static_cast<__m256i*>(p), sum); }
