@@ -78,19 +78,20 @@ inline PackedView view_packed(const Check& check, const Tensor& weight,
 class InputWords {
  public:
   InputWords(int64_t rows, int64_t steps, WeightFormat format)
-      : steps_(steps),
+      : stride_(words_per_step(format) * steps),
         row_(steps * depth_per_word(format)),
-        words_(std::make_unique_for_overwrite<uint32_t[]>(rows * steps)),
+        words_(std::make_unique_for_overwrite<uint32_t[]>(rows * stride_)),
         scratch_(std::make_unique_for_overwrite<float[]>(max_threads() * row_)),
         scales_(std::make_unique_for_overwrite<RowScale[]>(rows)) {}
 
   float* scratch(int64_t thread) const { return scratch_.get() + thread * row_; }
-  uint32_t* words(int64_t row) const { return words_.get() + row * steps_; }
+  uint32_t* words(int64_t row) const { return words_.get() + row * stride_; }
+  int64_t stride() const { return stride_; }
   RowScale* scales(int64_t row) const { return scales_.get() + row; }
-  InputRows rows() const { return {words_.get(), scales_.get(), steps_}; }
+  InputRows rows() const { return {words_.get(), scales_.get(), stride_}; }
 
  private:
-  int64_t steps_;
+  int64_t stride_;
   int64_t row_;
   std::unique_ptr<uint32_t[]> words_;
   std::unique_ptr<float[]> scratch_;

@@ -4,9 +4,9 @@
 
 namespace pynar {
 
-// The rows [first, last) of an input times the panel that begins at `column`: `width` of its
-// columns count. Updates sums [last - first] and candidates [last - first, k] of the rows, whose
-// distance is `stride` sums or lists of candidates.
+// The rows [first, last) of an input, at most kChunkRows, times the panel that begins at `column`:
+// `width` of its columns count. Updates sums [last - first] and candidates [last - first, k] of the
+// rows, whose distance is `stride` sums or lists of candidates.
 struct ArgmaxTask {
   int64_t first, last;
   int64_t column, width;
@@ -135,11 +135,8 @@ void argmax_panel(WeightFormat format, const InputRows& input, const Panel& pane
   float whole_bias[kPanel];
   const Panel whole = with_whole_bias(panel, task.width, whole_bias);
   Block block;
-  for (int64_t row = task.first; row < task.last; row += kBlockRows) {
-    const int64_t rows = task.last - row < kBlockRows ? task.last - row : kBlockRows;
-    multiply_block(format, input, row, rows, whole, block);
-    finish_block(block, row, rows, task);
-  }
+  multiply_chunk(format, input, task.first, task.last - task.first, whole, block);
+  finish_block(block, task.first, task.last - task.first, task);
 }
 
 template <typename T>
@@ -195,7 +192,6 @@ namespace {
 constexpr const char* kName = "linear_argmax";
 constexpr int64_t kSegmentPanels = 16;
 constexpr int64_t kSegment = kSegmentPanels * kPanel;
-constexpr int64_t kChunkRows = 16 * kBlockRows;
 
 struct Output {
   int64_t* tokens;   // [rows, k]
@@ -259,8 +255,8 @@ void linear_argmax_cpu(const Tensor& x, const Weight& weight, const float* bias,
   const int64_t segments = div_up(panels, kSegmentPanels);
   const int64_t chunks = div_up(rows, kChunkRows);
   const int64_t tasks = segments * chunks;
-  const InputConversion how{weight.depth, weight.steps, -1.f};
   const InputWords words(rows, weight.steps, weight.format);
+  const InputConversion how{weight.depth, weight.steps, words.stride(), -1.f};
   const InputRows input = words.rows();
   // A segment has no more candidates than symbols.
   const int64_t size = std::min(k, kSegment);

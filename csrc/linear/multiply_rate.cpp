@@ -18,11 +18,15 @@ int64_t multiply_cached(const uint32_t* x, const uint32_t* words, int64_t repeat
   }
   for (int64_t i = 0; i < repeats; ++i) {
     for (int64_t step = 0; step < kCachedSteps; ++step) {
-      decltype(D::weights(words)) w[kVectors];
-      for (int v = 0; v < kVectors; ++v) w[v] = D::weights(words + step * kPanel + v * D::kLanes);
-      for (int r = 0; r < kRows; ++r) {
-        const typename D::Word word = D::input(word_at(x + r * kCachedSteps + step));
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = D::add(sum[r][v], word, w[v]);
+      for (int part = 0; part < D::kParts; ++part) {
+        decltype(D::weights(words, part)) w[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+          w[v] = D::weights(words + step * kPanel + v * D::kLanes, part);
+        }
+        for (int r = 0; r < kRows; ++r) {
+          const typename D::Word word = D::input(word_at(x + r * kCachedSteps + step));
+          for (int v = 0; v < kVectors; ++v) sum[r][v] = D::add(sum[r][v], word, w[v]);
+        }
       }
     }
   }

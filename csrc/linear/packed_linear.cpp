@@ -51,12 +51,22 @@ uint32_t bits_of(float x) {
   return bits;
 }
 
-void to_bfloat16(const float* x, int64_t size, uint16_t* out) {
-  for (int64_t i = 0; i < size; ++i) {
-    const uint32_t bits = bits_of(x[i]);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    out[i] = static_cast<uint16_t>(nan ? bits >> 16 | 0x40 : rounded);
+uint32_t rounded_to_bfloat16(float x) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  return nan ? (bits & 0xffff0000u) | 0x400000 : rounded;
+}
+
+// As two in a word, or each as an fp32 number where the kernel wants them so.
+void to_bfloat16(const float* x, int64_t size, uint32_t* words) {
+  if constexpr (Dot<WeightFormat::kBFloat16>::kParts == 2) {
+    for (int64_t i = 0; i < size; ++i) words[i] = rounded_to_bfloat16(x[i]);
+  } else {
+    auto* out = reinterpret_cast<uint16_t*>(words);
+    for (int64_t i = 0; i < size; ++i) {
+      out[i] = static_cast<uint16_t>(rounded_to_bfloat16(x[i]) >> 16);
+    }
   }
 }
 
@@ -132,7 +142,7 @@ void convert_rows(WeightFormat format, const InputConversion& how, const T* x, i
                   int64_t rows, float* scratch, uint32_t* words, RowScale* scales) {
   const int64_t depth = how.depth;
   const bool is_float = format == WeightFormat::kFloat32;
-  for (int64_t r = 0; r < rows; ++r, x += x_stride, words += how.steps) {
+  for (int64_t r = 0; r < rows; ++r, x += x_stride, words += how.stride) {
     float* h = is_float ? reinterpret_cast<float*>(words) : scratch;
     if (how.eps >= 0) {
       const Moments m = moments(x, depth, how.eps);
@@ -144,7 +154,7 @@ void convert_rows(WeightFormat format, const InputConversion& how, const T* x, i
     const int64_t padded = how.steps * depth_per_word(format);
     for (int64_t i = depth; i < padded; ++i) h[i] = 0;
     if (format == WeightFormat::kBFloat16) {
-      to_bfloat16(h, padded, reinterpret_cast<uint16_t*>(words));
+      to_bfloat16(h, padded, words);
     } else {
       scales[r] = to_int8(h, padded, reinterpret_cast<uint8_t*>(words));
     }
@@ -168,26 +178,23 @@ void packed_linear_panel(const PackedLinearParams& p, const InputRows& input, in
                        advance(p.column_sums, column), advance(p.bias, column)},
                       width, whole_bias);
   Block block;
-  for (int64_t row = first; row < last; row += kBlockRows) {
-    const int64_t rows = last - row < kBlockRows ? last - row : kBlockRows;
-    multiply_block(p.format, input, row, rows, weight, block);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* z = block.values[r];
-      if (p.activation == Activation::kRelu) {
-        // Not z > 0 ? z : 0, which would make zero of a NaN.
-        for (int64_t i = 0; i < kPanel; ++i) z[i] = z[i] < 0 ? 0.f : z[i];
-      } else if (p.activation == Activation::kGelu) {
-        for (int64_t i = 0; i < kPanel; i += Simd<float>::kLanes) {
-          gelu(Simd<float>::load(z + i)).store(z + i);
-        }
+  multiply_chunk(p.format, input, first, last - first, weight, block);
+  for (int64_t row = first; row < last; ++row) {
+    float* z = block.values[row - first];
+    if (p.activation == Activation::kRelu) {
+      // Not z > 0 ? z : 0, which would make zero of a NaN.
+      for (int64_t i = 0; i < kPanel; ++i) z[i] = z[i] < 0 ? 0.f : z[i];
+    } else if (p.activation == Activation::kGelu) {
+      for (int64_t i = 0; i < kPanel; i += Simd<float>::kLanes) {
+        gelu(Simd<float>::load(z + i)).store(z + i);
       }
-      float* y = p.y + (row + r) * p.columns + column;
-      if (p.residual != nullptr) {
-        const float* residual = p.residual + (row + r) * p.residual_stride + column;
-        for (int64_t i = 0; i < width; ++i) y[i] = z[i] + residual[i];
-      } else {
-        for (int64_t i = 0; i < width; ++i) y[i] = z[i];
-      }
+    }
+    float* y = p.y + row * p.columns + column;
+    if (p.residual != nullptr) {
+      const float* residual = p.residual + row * p.residual_stride + column;
+      for (int64_t i = 0; i < width; ++i) y[i] = z[i] + residual[i];
+    } else {
+      for (int64_t i = 0; i < width; ++i) y[i] = z[i];
     }
   }
 }
@@ -218,9 +225,6 @@ namespace pynar {
 namespace {
 
 constexpr const char* kName = "packed_linear";
-
-// So many rows of input stay in the cache while the panels of a weight pass by.
-constexpr int64_t kChunkRows = 16 * kBlockRows;
 
 }  // namespace
 
@@ -288,10 +292,10 @@ void packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   const auto convert = PYNAR_SELECT_KERNEL(convert_rows<float>);
   const auto multiply = PYNAR_SELECT_KERNEL(packed_linear_panel);
   const auto normalise = PYNAR_SELECT_KERNEL(normalise_rows);
-  const InputConversion how{depth, p.steps, static_cast<float>(input_eps)};
   const float* data = x.data<float>();
   const bool as_it_is = p.format == WeightFormat::kFloat32 && input_eps < 0;
   const InputWords words(as_it_is ? 0 : rows, p.steps, p.format);
+  const InputConversion how{depth, p.steps, words.stride(), static_cast<float>(input_eps)};
   const InputRows input =
       as_it_is ? InputRows{reinterpret_cast<const uint32_t*>(data), nullptr, x.stride(0)}
                : words.rows();

@@ -34,7 +34,7 @@ struct OutputNorm {
   float eps;
 };
 
-// Fills y for rows [first, last) in one panel.
+// Fills y for rows [first, last) in one panel, at most kChunkRows.
 PYNAR_DECLARE_KERNEL(void packed_linear_panel(const PackedLinearParams& p, const InputRows& input,
                                               int64_t panel, int64_t first, int64_t last))
 

@@ -9,7 +9,9 @@
 //
 // int8 weights have a scale for each column. Inputs are rounded to 256 steps over the range of
 // their row, and 0, since the processor multiplies unsigned by signed bytes; what the row's zero
-// adds to a column is that many times the sum of its weights.
+// adds to a column is that many times the sum of its weights. With AVX2 two products are added in
+// 16 bits, for which the sum of two weights at an even depth and the next one must lie in [-128,
+// 128].
 //
 // Every output is summed up over depth in one order, whatever the number of rows and threads.
 #pragma once
@@ -24,9 +26,16 @@ enum class WeightFormat : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 constexpr int64_t kPanel = 64;
 // Rows that share a pass over a panel: as many as the registers of AVX-512 hold sums for.
 constexpr int64_t kBlockRows = 6;
+// Rows that go past a panel one after another.
+constexpr int64_t kChunkRows = 16 * kBlockRows;
 
 constexpr int64_t depth_per_word(WeightFormat format) {
   return format == WeightFormat::kFloat32 ? 1 : format == WeightFormat::kBFloat16 ? 2 : 4;
+}
+
+// Words of the input that a step may take: some processors want bf16 numbers as fp32.
+constexpr int64_t words_per_step(WeightFormat format) {
+  return format == WeightFormat::kBFloat16 ? 2 : 1;
 }
 
 // The sums of an int8 weight stay within 32 bits: 255 * 127 * kInt8Depth < 2^31.
@@ -48,7 +57,7 @@ struct RowScale {
   int32_t zero;
 };
 
-// Rows of input as words, one for each step of a panel.
+// Rows of input as words for each step of a panel.
 struct InputRows {
   const uint32_t* words;   // [rows, stride]
   const RowScale* scales;  // [rows], of int8
@@ -69,6 +78,7 @@ struct Panel {
 struct InputConversion {
   int64_t depth;
   int64_t steps;
+  int64_t stride;  // from one row of words to the next
   float eps;
 };
 

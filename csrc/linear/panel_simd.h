@@ -14,7 +14,8 @@ inline uint32_t word_at(const uint32_t* p) {
   return word;
 }
 
-// Dot<format>: a register of words of the weight, one of sums, and sums += input word * weights.
+// Dot<format>: a register of words of the weight, one of sums, and sums += input word * weights. A
+// step takes kParts words of the input, each with its part of the weight's word.
 template <WeightFormat>
 struct Dot;
 
@@ -27,24 +28,28 @@ inline __m512i load_words(const uint32_t* p) {
 template <>
 struct Dot<WeightFormat::kFloat32> {
   static constexpr int kLanes = 16;
+  static constexpr int kParts = 1;
   using Sum = __m512;
   using Word = __m512;
   static Sum zero() { return _mm512_setzero_ps(); }
-  static __m512 weights(const uint32_t* p) { return _mm512_castsi512_ps(load_words(p)); }
+  static __m512 weights(const uint32_t* p, int) { return _mm512_castsi512_ps(load_words(p)); }
   static Word input(uint32_t word) {
     return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(word)));
   }
   static Sum add(Sum sum, Word x, __m512 w) { return _mm512_fmadd_ps(x, w, sum); }
-  static void store(float* p, Sum sum) { _mm512_storeu_ps(p, sum); }
+  static Sum load(const void* p) { return _mm512_loadu_ps(p); }
+  static void store(void* p, Sum sum) { _mm512_storeu_ps(p, sum); }
 };
 
 template <>
 struct Dot<WeightFormat::kBFloat16> {
   static constexpr int kLanes = 16;
+  static constexpr int kParts = 1;
   using Sum = __m512;
   static Sum zero() { return _mm512_setzero_ps(); }
-  static __m512i weights(const uint32_t* p) { return load_words(p); }
-  static void store(float* p, Sum sum) { _mm512_storeu_ps(p, sum); }
+  static __m512i weights(const uint32_t* p, int) { return load_words(p); }
+  static Sum load(const void* p) { return _mm512_loadu_ps(p); }
+  static void store(void* p, Sum sum) { _mm512_storeu_ps(p, sum); }
 #if defined(__AVX512BF16__)
   using Word = __m512bh;
   static Word input(uint32_t word) {
@@ -75,10 +80,12 @@ struct Dot<WeightFormat::kBFloat16> {
 template <>
 struct Dot<WeightFormat::kInt8> {
   static constexpr int kLanes = 16;
+  static constexpr int kParts = 1;
   using Sum = __m512i;
   static Sum zero() { return _mm512_setzero_si512(); }
-  static __m512i weights(const uint32_t* p) { return load_words(p); }
-  static void store(int32_t* p, Sum sum) { _mm512_storeu_si512(p, sum); }
+  static __m512i weights(const uint32_t* p, int) { return load_words(p); }
+  static Sum load(const void* p) { return _mm512_loadu_si512(p); }
+  static void store(void* p, Sum sum) { _mm512_storeu_si512(p, sum); }
 #if defined(__AVX512VNNI__)
   using Word = __m512i;
   static Word input(uint32_t word) { return _mm512_set1_epi32(static_cast<int>(word)); }
@@ -114,63 +121,62 @@ inline __m256i load_words(const uint32_t* p) {
 template <>
 struct Dot<WeightFormat::kFloat32> {
   static constexpr int kLanes = 8;
+  static constexpr int kParts = 1;
   using Sum = __m256;
   using Word = __m256;
   static Sum zero() { return _mm256_setzero_ps(); }
-  static __m256 weights(const uint32_t* p) { return _mm256_castsi256_ps(load_words(p)); }
+  static __m256 weights(const uint32_t* p, int) { return _mm256_castsi256_ps(load_words(p)); }
   static Word input(uint32_t word) {
     return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(word)));
   }
   static Sum add(Sum sum, Word x, __m256 w) { return _mm256_fmadd_ps(x, w, sum); }
-  static void store(float* p, Sum sum) { _mm256_storeu_ps(p, sum); }
+  static Sum load(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
+  static void store(void* p, Sum sum) { _mm256_storeu_ps(static_cast<float*>(p), sum); }
 };
 
+// The input comes as fp32 numbers, rounded, so that only the weight is taken apart.
 template <>
 struct Dot<WeightFormat::kBFloat16> {
   static constexpr int kLanes = 8;
+  static constexpr int kParts = 2;
   using Sum = __m256;
-  struct Word {
-    __m256 low, high;
-  };
+  using Word = __m256;
   static Sum zero() { return _mm256_setzero_ps(); }
-  static __m256i weights(const uint32_t* p) { return load_words(p); }
-  static __m256 low(__m256i w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)); }
-  static __m256 high(__m256i w) {
+  static __m256 weights(const uint32_t* p, int part) {
+    const __m256i w = load_words(p);
     return _mm256_castsi256_ps(
-        _mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+        part == 0 ? _mm256_slli_epi32(w, 16)
+                  : _mm256_and_si256(w, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
   }
   static Word input(uint32_t word) {
-    const __m256i x = _mm256_set1_epi32(static_cast<int>(word));
-    return {low(x), high(x)};
+    return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(word)));
   }
-  static Sum add(Sum sum, Word x, __m256i w) {
-    return _mm256_fmadd_ps(x.high, high(w), _mm256_fmadd_ps(x.low, low(w), sum));
-  }
-  static void store(float* p, Sum sum) { _mm256_storeu_ps(p, sum); }
+  static Sum add(Sum sum, Word x, __m256 w) { return _mm256_fmadd_ps(x, w, sum); }
+  static Sum load(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
+  static void store(void* p, Sum sum) { _mm256_storeu_ps(static_cast<float*>(p), sum); }
 };
 
 template <>
 struct Dot<WeightFormat::kInt8> {
   static constexpr int kLanes = 8;
+  static constexpr int kParts = 1;
   using Sum = __m256i;
-  struct Word {
-    __m256i even, odd;
-  };
+  using Word = __m256i;
   static Sum zero() { return _mm256_setzero_si256(); }
-  static __m256i weights(const uint32_t* p) { return load_words(p); }
-  static Word input(uint32_t word) {
-    return {_mm256_set1_epi32(static_cast<int>(word & 0x00ff00ffu)),
-            _mm256_set1_epi32(static_cast<int>(word >> 8 & 0x00ff00ffu))};
-  }
+  static __m256i weights(const uint32_t* p, int) { return load_words(p); }
+  static Word input(uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); }
+  // Two products are added in 16 bits, where they would saturate: a weight's pairs are bounded, see
+  // panel.h. With intrinsics GCC 12 begins all products of a step before it ends the first, and
+  // keeps most of the sums in memory.
   static Sum add(Sum sum, Word x, __m256i w) {
-    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
-    const __m256i odd = _mm256_srai_epi16(w, 8);
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x.even, even));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(x.odd, odd));
+    __m256i pairs;
+    asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+        : "+x"(sum), "=&x"(pairs)
+        : "x"(x), "x"(w), "xm"(_mm256_set1_epi16(1)));
+    return sum;
   }
-  static void store(int32_t* p, Sum sum) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), sum);
-  }
+  static Sum load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void store(void* p, Sum sum) { _mm256_storeu_si256(static_cast<__m256i*>(p), sum); }
 };
 
 #else
@@ -178,6 +184,7 @@ struct Dot<WeightFormat::kInt8> {
 template <WeightFormat kFormat>
 struct Dot {
   static constexpr int kLanes = 8;
+  static constexpr int kParts = 1;
   static constexpr bool kInteger = kFormat == WeightFormat::kInt8;
   struct Words {
     uint32_t lane[kLanes];
@@ -197,7 +204,7 @@ struct Dot {
   using Word = uint32_t;
 
   static Sum zero() { return {}; }
-  static Words weights(const uint32_t* p) {
+  static Words weights(const uint32_t* p, int) {
     Words w;
     for (int i = 0; i < kLanes; ++i) w.lane[i] = word_at(p + i);
     return w;
@@ -219,16 +226,19 @@ struct Dot {
     }
     return sum;
   }
-  static void store(Number* p, Sum sum) {
-    for (int i = 0; i < kLanes; ++i) p[i] = sum.lane[i];
+  static Sum load(const void* p) {
+    Sum sum;
+    memcpy(&sum, p, sizeof(sum));
+    return sum;
   }
+  static void store(void* p, Sum sum) { memcpy(p, &sum, sizeof(sum)); }
 };
 
 #endif
 
-// The outputs of up to kBlockRows rows in one panel, before anything is done with them.
+// The outputs of up to kChunkRows rows in one panel, before anything is done with them.
 struct Block {
-  float values[kBlockRows][kPanel];
+  float values[kChunkRows][kPanel];
 };
 
 // `panel` with a bias for all of its columns, of which there are `width`; in `whole` if need be.
@@ -240,74 +250,129 @@ inline Panel with_whole_bias(Panel panel, int64_t width, float (&whole)[kPanel])
   return panel;
 }
 
-template <WeightFormat kFormat, int kRows>
-inline void multiply(const uint32_t* x, int64_t stride, const RowScale* x_scales,
-                     const Panel& panel, Block& out) {
+// Some steps of a panel and of rows of input, whose sums are rows of kPanel words.
+struct Steps {
+  const uint32_t* x;
+  int64_t stride;
+  const uint32_t* words;
+  int64_t count;
+  int64_t ahead;  // so far behind `words` lies what is fetched from memory meanwhile
+  bool from_zero;
+  uint32_t* sums;
+};
+
+// Adds the products of kRows rows and kVectors registers of columns.
+template <WeightFormat kFormat, int kRows, int kVectors>
+inline void accumulate(const Steps& steps) {
   using D = Dot<kFormat>;
-  constexpr int kVectors = D::kLanes == 16 ? 4 : 2;
-  constexpr int kWidth = kVectors * D::kLanes;
-  for (int64_t first = 0; first < kPanel; first += kWidth) {
-    typename D::Sum sum[kRows][kVectors];
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = D::zero();
+  typename D::Sum sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      const uint32_t* p = steps.sums + r * kPanel + v * D::kLanes;
+      sum[r][v] = steps.from_zero ? D::zero() : D::load(p);
     }
-    const uint32_t* words = panel.words + first;
-    const int64_t next = panel.steps * kPanel;
-    for (int64_t step = 0; step < panel.steps; ++step, words += kPanel) {
-      decltype(D::weights(words)) w[kVectors];
-      for (int v = 0; v < kVectors; ++v) w[v] = D::weights(words + v * D::kLanes);
-      // The next panel is on its way from memory while this one is at work.
-      for (int c = 0; c < kWidth; c += 16) __builtin_prefetch(words + next + c, 0, 2);
+  }
+  const uint32_t* words = steps.words;
+  const uint32_t* x = steps.x;
+  for (int64_t step = 0; step < steps.count; ++step, words += kPanel, x += D::kParts) {
+    for (int c = 0; c < kVectors * D::kLanes; c += 16) {
+      __builtin_prefetch(words + steps.ahead + c, 0, 2);
+    }
+    for (int part = 0; part < D::kParts; ++part) {
+      decltype(D::weights(words, part)) w[kVectors];
+      for (int v = 0; v < kVectors; ++v) w[v] = D::weights(words + v * D::kLanes, part);
       for (int r = 0; r < kRows; ++r) {
-        const typename D::Word word = D::input(word_at(x + r * stride + step));
+        const typename D::Word word = D::input(word_at(x + r * steps.stride + part));
         for (int v = 0; v < kVectors; ++v) sum[r][v] = D::add(sum[r][v], word, w[v]);
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      float* values = out.values[r] + first;
-      if constexpr (kFormat == WeightFormat::kInt8) {
-        int32_t sums[kWidth];
-        for (int v = 0; v < kVectors; ++v) D::store(sums + v * D::kLanes, sum[r][v]);
-        for (int i = 0; i < kWidth; ++i) {
-          const int32_t exact = sums[i] - x_scales[r].zero * panel.column_sums[first + i];
-          values[i] = static_cast<float>(exact) * (x_scales[r].scale * panel.scales[first + i]);
-        }
-      } else {
-        for (int v = 0; v < kVectors; ++v) D::store(values + v * D::kLanes, sum[r][v]);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) D::store(steps.sums + r * kPanel + v * D::kLanes, sum[r][v]);
+  }
+}
+
+// How many registers of columns so many rows take, of the sixteen or 32 that there are.
+constexpr int vectors_for(int64_t rows, int lanes) {
+  return lanes == 16 ? 4 : rows == 1 ? 8 : rows == 2 ? 4 : 2;
+}
+
+// As above for up to kBlockRows rows.
+template <WeightFormat kFormat>
+inline void accumulate_rows(int64_t rows, const Steps& steps) {
+  const auto with_rows = [&]<int kRows>() {
+    accumulate<kFormat, kRows, vectors_for(kRows, Dot<kFormat>::kLanes)>(steps);
+  };
+  switch (rows) {
+    case 1:
+      return with_rows.template operator()<1>();
+    case 2:
+      return with_rows.template operator()<2>();
+    case 3:
+      return with_rows.template operator()<3>();
+    case 4:
+      return with_rows.template operator()<4>();
+    case 5:
+      return with_rows.template operator()<5>();
+    default:
+      return with_rows.template operator()<6>();
+  }
+}
+
+template <WeightFormat kFormat>
+inline void multiply(const InputRows& input, int64_t first, int64_t rows, const Panel& panel,
+                     Block& out) {
+  using D = Dot<kFormat>;
+  // Where a panel is several strips of columns, one stays in the innermost cache while rows go by.
+  constexpr bool kStrips = D::kLanes < 16;
+  const int64_t width = vectors_for(rows, D::kLanes) * D::kLanes;
+  const int64_t depth = kStrips ? 256 : panel.steps;
+  // A weight that is taken apart leaves registers for a row less. Blocks are of nearly equal size:
+  // so one has less than three rows only where there are no more.
+  const int64_t blocks = div_up(rows, kBlockRows - (D::kParts - 1));
+  Steps steps{};
+  steps.stride = input.stride;
+  steps.ahead = (kStrips ? 16 : panel.steps) * kPanel;
+  for (int64_t begin = 0; begin < panel.steps; begin += depth) {
+    steps.count = panel.steps - begin < depth ? panel.steps - begin : depth;
+    steps.from_zero = begin == 0;
+    for (int64_t column = 0; column < kPanel; column += width) {
+      steps.words = panel.words + begin * kPanel + column;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t row = rows * block / blocks;
+        steps.x = input.words + (first + row) * input.stride + begin * D::kParts;
+        steps.sums = reinterpret_cast<uint32_t*>(out.values[row]) + column;
+        accumulate_rows<kFormat>(rows * (block + 1) / blocks - row, steps);
       }
-      if (panel.bias != nullptr) {
-        for (int i = 0; i < kWidth; ++i) values[i] += panel.bias[first + i];
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* values = out.values[r];
+    if constexpr (kFormat == WeightFormat::kInt8) {
+      const RowScale scale = input.scales[first + r];
+      int32_t sums[kPanel];
+      memcpy(sums, values, sizeof(sums));
+      for (int i = 0; i < kPanel; ++i) {
+        const int32_t exact = sums[i] - scale.zero * panel.column_sums[i];
+        values[i] = static_cast<float>(exact) * (scale.scale * panel.scales[i]);
       }
+    }
+    if (panel.bias != nullptr) {
+      for (int i = 0; i < kPanel; ++i) values[i] += panel.bias[i];
     }
   }
 }
 
-// Rows `first` to `first + rows` of the input, at most kBlockRows.
-inline void multiply_block(WeightFormat format, const InputRows& input, int64_t first, int64_t rows,
+// Rows `first` to `first + rows` of the input, at most kChunkRows.
+inline void multiply_chunk(WeightFormat format, const InputRows& input, int64_t first, int64_t rows,
                            const Panel& panel, Block& out) {
-  const uint32_t* x = input.words + first * input.stride;
-  const RowScale* scales = advance(input.scales, first);
-  const auto with_format = [&]<WeightFormat kFormat>() {
-    switch (rows) {
-      case 1:
-        return multiply<kFormat, 1>(x, input.stride, scales, panel, out);
-      case 2:
-        return multiply<kFormat, 2>(x, input.stride, scales, panel, out);
-      case 3:
-        return multiply<kFormat, 3>(x, input.stride, scales, panel, out);
-      case 4:
-        return multiply<kFormat, 4>(x, input.stride, scales, panel, out);
-      case 5:
-        return multiply<kFormat, 5>(x, input.stride, scales, panel, out);
-      default:
-        return multiply<kFormat, 6>(x, input.stride, scales, panel, out);
-    }
-  };
-  if (format == WeightFormat::kFloat32)
-    return with_format.template operator()<WeightFormat::kFloat32>();
-  if (format == WeightFormat::kBFloat16)
-    return with_format.template operator()<WeightFormat::kBFloat16>();
-  return with_format.template operator()<WeightFormat::kInt8>();
+  if (format == WeightFormat::kFloat32) {
+    return multiply<WeightFormat::kFloat32>(input, first, rows, panel, out);
+  }
+  if (format == WeightFormat::kBFloat16) {
+    return multiply<WeightFormat::kBFloat16>(input, first, rows, panel, out);
+  }
+  return multiply<WeightFormat::kInt8>(input, first, rows, panel, out);
 }
 
 }  // namespace pynar::PYNAR_ISA

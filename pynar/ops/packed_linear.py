@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pynar import reference
+from pynar import _backend, reference
 from pynar.ops._checks import Check
 from pynar.ops._operator import Operator
 
@@ -52,7 +52,10 @@ class PackedWeight:
 def pack_linear(weight: Tensor, dtype: torch.dtype = torch.float32) -> PackedWeight:
     """Packs `weight: [out_features, in_features]` as float32, bfloat16 or int8.
 
-    int8 weights are rounded symmetrically to [-127, 127] with one scale an output feature.
+    int8 weights are rounded symmetrically to [-127, 127] with one scale an output feature. Where
+    the processor adds products of bytes in 16 bits (AVX2), sums of two neighbours are bounded as
+    well, see `pynar.reference.round_weight`: a weight is for the instruction set it was packed
+    under.
 
     Raises:
         ValueError: `weight` is no matrix on the CPU, or `dtype` is another.
@@ -72,8 +75,9 @@ def pack_linear(weight: Tensor, dtype: torch.dtype = torch.float32) -> PackedWei
     padded = torch.nn.functional.pad(weight.detach().float(), (0, missing[0], 0, missing[1]))
     scales = column_sums = None
     if dtype == torch.int8:
-        scales = padded.abs().amax(1) / 127
-        padded = (padded / scales.clamp(min=1e-35)[:, None]).round()
+        extension = _backend.extension()
+        pairs = extension is not None and extension.simd_level() == "avx2"
+        padded, scales = reference.round_weight(padded, pairs=pairs)
     padded = padded.to(dtype)
     if dtype == torch.int8:
         column_sums = padded.sum(1, dtype=torch.int32)

@@ -11,7 +11,7 @@ from pynar.reference.interval_attention import (
 )
 from pynar.reference.linear_argmax import linear_argmax
 from pynar.reference.mask_predict_step import mask_predict_step
-from pynar.reference.packed_linear import packed_linear, round_rows
+from pynar.reference.packed_linear import packed_linear, round_rows, round_weight
 
 __all__ = [
     "divergence_cross_entropy",
@@ -23,4 +23,5 @@ __all__ = [
     "mask_predict_step",
     "packed_linear",
     "round_rows",
+    "round_weight",
 ]

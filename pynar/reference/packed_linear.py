@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["packed_linear", "round_rows"]
+__all__ = ["packed_linear", "round_rows", "round_weight"]
 
 
 def round_rows(h: Tensor, dtype: torch.dtype) -> Tensor:
@@ -23,6 +23,22 @@ def round_rows(h: Tensor, dtype: torch.dtype) -> Tensor:
     inverse = torch.where(half > 1e-35, 127.5 / half, 0.0)
     zero = (-lowest * inverse).round()
     return ((h * inverse + zero).clamp(0, 255).round() - zero) * scale
+
+
+def round_weight(weight: Tensor, *, pairs: bool) -> tuple[Tensor, Tensor]:
+    """Rounds `weight: [M, K]` to whole numbers in [-127, 127] and a scale `[M]` for each row.
+
+    The greatest number of a row is 127 steps. With `pairs` no sum of two neighbours (columns 2i and
+    2i + 1) is more than 127 steps either, so that after rounding it lies within 128: then 255
+    times the sum fits 16 bits, which some processors add products of bytes in. That makes the steps
+    of normally distributed weights a third larger.
+    """
+    most = weight.abs().amax(1)
+    if pairs:
+        padded = F.pad(weight, (0, weight.shape[1] % 2))
+        most = torch.maximum(most, (padded[:, ::2] + padded[:, 1::2]).abs().amax(1))
+    scales = most / 127
+    return (weight / scales.clamp(min=1e-35)[:, None]).round(), scales
 
 
 def packed_linear(

@@ -125,7 +125,7 @@ def test_whole_numbers_are_exact(data: st.DataObject) -> None:
     small = st.integers(-9, 9)
     x = [[127, -128, *(data.draw(small) for _ in range(depth - 2))] for _ in range(rows)]
     few = [data.draw(small) for _ in range(7)]
-    weight = [[-127, *(few[(c * d) % 7] for d in range(1, depth))] for c in range(columns)]
+    weight = [[-127, 0, *(few[(c * d) % 7] for d in range(2, depth))] for c in range(columns)]
     want = [[sum(a * b for a, b in zip(r, w, strict=True)) for w in weight] for r in x]
     for dtype in FORMATS:
         packed = pack_linear(torch.tensor(weight).float(), dtype)
@@ -141,8 +141,11 @@ def test_packing_keeps_what_the_format_can_hold(dtype: torch.dtype) -> None:
     assert packed.data.dtype == dtype
     got = packed.unpack()
     if dtype == torch.int8:
-        step = weight.abs().amax(1, keepdim=True) / 127
+        assert packed.scales is not None
+        step = packed.scales[:70, None]
         assert ((got - weight).abs() <= 0.5001 * step).all()
+        greatest = weight.abs().amax(1, keepdim=True) / 127
+        assert (step >= greatest).all() and (step <= 2 * greatest).all()
         assert_identical(got[3], torch.zeros(19))
     else:
         assert_identical(got, weight.to(dtype).float())
@@ -153,7 +156,9 @@ def test_int8_is_as_close_as_its_steps() -> None:
     got = packed_linear(x, pack_linear(weight, torch.int8))
     error = (got - x @ weight.T).abs()
     # Each factor is off by at most half a step of its row.
-    half_x, half_weight = x.abs().amax(1) / 254, weight.abs().amax(1) / 254
+    packed = pack_linear(weight, torch.int8)
+    assert packed.scales is not None
+    half_x, half_weight = x.abs().amax(1) / 254, packed.scales[:96] / 2
     bound = x.abs().sum(1)[:, None] * half_weight + half_x[:, None] * weight.abs().sum(1)
     bound += 256 * half_x[:, None] * half_weight
     assert (error <= bound + 1e-5).all()
@@ -457,10 +462,73 @@ def test_a_depth_that_int8_cannot_sum_up_is_rejected() -> None:
 @pytest.mark.usefixtures("simd_level")
 def test_the_greatest_sums_of_int8_fit() -> None:
     depth = 1 << 16
+    x = torch.full((1, depth), 255.0)
     for sign in (1, -1):
-        weight = pack_linear(torch.full((2, depth), 127.0 * sign), torch.int8)
-        got = packed_linear(torch.full((1, depth), 127.0), weight)
-        assert_identical(got, torch.full((1, 2), 127.0 * 127 * depth * sign))
+        rows = torch.zeros(2, depth)
+        rows[0, ::2] = 127.0 * sign
+        rows[1] = 63.5 * sign
+        weight = pack_linear(rows, torch.int8)
+        whole = (weight.unpack() / (weight.scales[:2, None])).round().long()  # type: ignore[index]
+        want = 255 * whole.sum(1) * weight.scales[:2].double()  # type: ignore[index]
+        assert_identical(packed_linear(x, weight)[0], want.float())
+
+
+def bounded_pairs(columns: int, depth: int) -> Tensor:
+    """Whole numbers in [-127, 127] whose neighbours add up to at most 128, and often to that."""
+    first = torch.randint(-127, 128, (columns, depth // 2))
+    sign = torch.where(first < 0, -1, 1)
+    extreme = sign * (128 - first.abs())
+    second = torch.randint(-127, 128, first.shape)
+    legal = (first + second).abs() <= 128
+    second = torch.where(legal & (torch.rand(first.shape) < 0.3), second, extreme)
+    return torch.stack([first, second.clamp(-127, 127)], 2).flatten(1)
+
+
+@pytest.mark.usefixtures("simd_level")
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 8, 64), (2, 36, 128), (9, 2052, 64)])
+def test_int8_sums_are_exact_at_the_bound_of_pairs(rows: int, depth: int, columns: int) -> None:
+    whole = bounded_pairs(columns, depth)
+    assert whole.unflatten(1, (-1, 2)).sum(2).abs().max() == 128
+    data = whole.view(-1, 64, depth // 4, 4).permute(0, 2, 1, 3).to(torch.int8).contiguous()
+    sums = whole.sum(1, dtype=torch.int32)
+    weight = PackedWeight(data, torch.ones(columns), sums, columns, depth)
+    # Rows of 255 everywhere, and of 0 to 255: both are their own rounded values. One has a zero
+    # in the middle of its range.
+    x = torch.randint(0, 256, (rows, depth))
+    x[:, 0] = 255
+    x[0] = 255
+    if rows > 2:
+        x[1] -= 128
+        x[1, 1] = -128
+    want = x.double() @ whole.double().T
+    assert_identical(packed_linear(x.float(), weight), want.float())
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("depth", [1, 2, 7, 128])
+def test_weights_are_rounded_within_their_bounds(depth: int, pairs: bool) -> None:
+    weight = torch.randn(300, depth) * torch.logspace(-6, 6, 300)[:, None]
+    weight[7] = 0
+    whole, scales = reference.round_weight(weight, pairs=pairs)
+    assert ((whole * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all()
+    assert_identical(whole, whole.round())
+    assert whole.abs().max() == 127
+    neighbours = F.pad(whole, (0, depth % 2)).unflatten(1, (-1, 2)).sum(2).abs().amax(1)
+    if pairs:
+        assert neighbours.max() <= 128
+        # No larger steps than the bound demands.
+        tight = torch.maximum(whole.abs().amax(1), neighbours) >= 126
+        assert tight.sum() == 299
+    else:
+        assert (whole.abs().amax(1) == 127).sum() == 299
+
+
+def test_what_avx2_multiplies_with_is_bounded(simd_level: str) -> None:
+    weight = torch.rand(70, 64)
+    packed = pack_linear(weight, torch.int8)
+    _, scales = reference.round_weight(weight, pairs=simd_level == "avx2")
+    assert packed.scales is not None
+    assert_identical(packed.scales[:70], scales)
 
 
 @pytest.mark.parametrize(
