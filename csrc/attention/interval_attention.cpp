@@ -5,39 +5,48 @@
 
 namespace pynar {
 
+// One head of the keys of a family.
+template <typename T>
+struct AttentionKeys {
+  using A = accumulation_t<T>;
+  const T* k;  // of the sentence
+  const T* v;
+  int64_t k_stride, v_stride;
+  // From here on to the next head; 0 for the last one.
+  int64_t k_next, v_next;
+  int64_t dim;
+  int64_t num_groups;
+  const int64_t* keys;  // at each position
+  bool packed;          // whether they were, for several blocks
+  A* scratch;           // attention_scratch() elements, aligned to 64 bytes
+
+  int64_t positions() const { return num_groups * kKeyGroup; }
+};
+
 // One head of one tile.
 template <typename T>
 struct AttentionTile {
   using A = accumulation_t<T>;
   const T* q;  // of the tile's first query
-  const T* k;  // of the sentence
-  const T* v;
-  const T* next_k;  // of the next head; `k` for the last one
   T* out;
   A* lse;
-  int64_t q_stride, k_stride, v_stride, out_stride, lse_stride;
-  int64_t rows, dim;
-  int64_t num_groups;   // of keys
-  const int64_t* keys;  // at each position
+  int64_t q_stride, q_next, out_stride, lse_stride;
+  int64_t rows;
   const RowBlock* blocks;
   int64_t block_step;
   double scale;
-  A* scratch;  // attention_scratch() elements, aligned to 64 bytes
 };
 
-// Whether the tile's keys are transposed once, for several blocks.
-constexpr bool attention_packs_keys(int64_t rows) {
-  return rows > kBlockRows;
-}
-
-constexpr int64_t attention_scratch(int64_t num_groups, int64_t rows, int64_t dim) {
-  const int64_t width = (dim + 15) / 16 * 16;
+// For packed keys and values, and the scores, sums and queries of a block.
+constexpr int64_t attention_scratch(int64_t num_groups, int64_t dim) {
   const int64_t positions = num_groups * kKeyGroup;
-  const int64_t packed_keys = attention_packs_keys(rows) ? positions * dim : 0;
-  return packed_keys + positions * width + kBlockRows * (positions + 2 * width);
+  return positions * (dim + attention_width(dim)) +
+         kBlockRows * (positions + kKeyGroup + 2 * attention_width(dim));
 }
 
-PYNAR_DECLARE_KERNEL(template <typename T> void attend(const AttentionTile<T>& tile))
+PYNAR_DECLARE_KERNEL(template <typename T> void pack_keys(const AttentionKeys<T>& keys))
+PYNAR_DECLARE_KERNEL(template <typename T>
+                     void attend(const AttentionKeys<T>& keys, const AttentionTile<T>& tile))
 
 }  // namespace pynar
 
@@ -69,93 +78,90 @@ class Attend {
   using A = accumulation_t<T>;
   using Vector = Simd<A>;
 
-  explicit Attend(const AttentionTile<T>& tile)
-      : t_(tile),
-        positions_(tile.num_groups * kKeyGroup),
-        width_(round_up(tile.dim, Vector::kLanes)),
-        packs_keys_(attention_packs_keys(tile.rows)),
-        // Converted once for all blocks, or filled up to whole vectors.
-        packs_values_(width_ != tile.dim || (!kSame<T, A> && tile.rows > 2 * kBlockRows)) {
-    A* next = tile.scratch;
+  explicit Attend(const AttentionKeys<T>& keys)
+      : k_(keys),
+        positions_(keys.positions()),
+        width_(round_up(keys.dim, Vector::kLanes)),
+        stride_(positions_ + kKeyGroup) {
+    A* next = keys.scratch;
     const auto take = [&](int64_t count) {
       A* taken = next;
       next += count;
       return taken;
     };
-    scores_ = take(kBlockRows * positions_);
+    packed_keys_ = take(positions_ * k_.dim);
+    packed_values_ = take(positions_ * width_);
+    scores_ = take(kBlockRows * stride_);
     sums_ = take(kBlockRows * width_);
     q_ = take(kBlockRows * width_);
-    packed_keys_ = packs_keys_ ? take(positions_ * tile.dim) : nullptr;
-    packed_values_ = packs_values_ ? take(positions_ * width_) : nullptr;
   }
 
-  void run() {
-    for (int64_t g = 0; packs_keys_ && g < t_.num_groups; ++g) {
-      pack_transposed(load_group(g), t_.dim, packed_keys_ + g * t_.dim * kKeyGroup);
+  void pack() {
+    for (int64_t g = 0; g < k_.num_groups; ++g) {
+      const int64_t* keys = k_.keys + g * kKeyGroup;
+      prefetch(GroupRows<T>(k_.k + k_.k_next, k_.k_stride, keys), k_.dim);
+      prefetch(GroupRows<T>(k_.v + k_.v_next, k_.v_stride, keys), k_.dim);
+      if (k_.packed) {
+        pack_transposed(GroupRows<T>(k_.k, k_.k_stride, keys), k_.dim,
+                        packed_keys_ + g * k_.dim * kKeyGroup);
+      }
+      if (packs_values()) {
+        pack_panels(k_.v, k_.v_stride, k_.keys, g * kKeyGroup, (g + 1) * kKeyGroup, positions_,
+                    k_.dim, width_, packed_values_);
+      }
     }
-    if (packs_values_) {
-      pack_rows(t_.v, t_.v_stride, t_.keys, positions_, t_.dim, packed_values_, width_);
-    }
-    const RowBlock* block = t_.blocks;
-    for (int64_t r = 0; r < t_.rows; r += kBlockRows, block += t_.block_step) {
-      with_constant<kBlockRows>(t_.rows - r < kBlockRows ? t_.rows - r : kBlockRows,
-                                [&](auto rows) { run_block<decltype(rows)::value>(*block, r); });
+  }
+
+  void run(const AttentionTile<T>& tile) {
+    const RowBlock* block = tile.blocks;
+    for (int64_t r = 0; r < tile.rows; r += kBlockRows, block += tile.block_step) {
+      with_constant<kBlockRows>(
+          tile.rows - r < kBlockRows ? tile.rows - r : kBlockRows,
+          [&](auto rows) { run_block<decltype(rows)::value>(tile, *block, r); });
     }
   }
 
  private:
-  // The keys of a group; their values, and the keys of the next head, are what is read next.
-  GroupRows<T> load_group(int64_t g) const {
-    const int64_t* keys = t_.keys + g * kKeyGroup;
-    prefetch(GroupRows<T>(t_.v, t_.v_stride, keys), t_.dim);
-    prefetch(GroupRows<T>(t_.next_k, t_.k_stride, keys), t_.dim);
-    return GroupRows<T>(t_.k, t_.k_stride, keys);
-  }
+  // Where rows of values are not whole vectors they must be packed.
+  bool packs_values() const { return k_.packed || width_ != k_.dim; }
 
   template <int kRows>
-  void run_block(const RowBlock& block, int64_t first) {
-    score<kRows>(block, first);
+  void run_block(const AttentionTile<T>& tile, const RowBlock& block, int64_t first) {
+    score<kRows>(tile, block, first);
     A max[kRows];
     for (int r = 0; r < kRows; ++r) {
-      A* scores = scores_ + r * positions_;
+      A* scores = scores_ + r * stride_;
       fill(block.gaps[r], scores, kLowest);
       max[r] = exponentiate(block, scores);
       fill(block.gaps[r], scores, A(0));
     }
-    A total[kRows];
-    sum<kRows>(0, block.runs.begin(), block.runs.end(), total);
+    sum<kRows>(0, block.runs.begin(), block.runs.end());
     for (int r = 0; r < kRows; ++r) {
       // An infinity or NaN times the zero of a query that does not see it is NaN.
       if (block.mixed && !is_finite(sums_ + r * width_)) {
-        sum<1>(r, block.seen[r].begin(), block.seen[r].end(), total + r);
+        sum<1>(r, block.seen[r].begin(), block.seen[r].end());
       }
-      finish(first + r, sums_ + r * width_, total[r], max[r], block.seen[r].count > 0);
+      const A total = sum_ranges(block.seen[r], scores_ + r * stride_);
+      finish(tile, first + r, sums_ + r * width_, total, max[r], block.seen[r].count > 0);
     }
   }
 
   template <int kRows>
-  void score(const RowBlock& block, int64_t first) {
-    const T* q = t_.q + first * t_.q_stride;
-    const A* x;
-    int64_t x_stride;
-    if constexpr (kSame<T, A>) {
-      x = q;
-      x_stride = t_.q_stride;
-    } else {
-      pack_rows(q, t_.q_stride, static_cast<const int64_t*>(nullptr), kRows, t_.dim, q_, width_);
-      x = q_;
-      x_stride = width_;
-    }
-    const A scale = static_cast<A>(t_.scale * 1.4426950408889634);
-    if (packs_keys_) {
-      score_groups<kRows>(block.groups, x, x_stride, static_cast<const A*>(packed_keys_), t_.dim,
-                          scale, scores_, positions_);
+  void score(const AttentionTile<T>& tile, const RowBlock& block, int64_t first) {
+    const T* q = tile.q + first * tile.q_stride;
+    pack_rows(q, tile.q_stride, kRows, k_.dim, q_, width_);
+    for (int r = 0; r < kRows; ++r) prefetch_row(q + r * tile.q_stride + tile.q_next, k_.dim);
+    const A scale = static_cast<A>(tile.scale * 1.4426950408889634);
+    if (k_.packed) {
+      score_groups<kRows>(block.groups, static_cast<const A*>(q_), width_,
+                          static_cast<const A*>(packed_keys_), k_.dim, scale, scores_, stride_);
       return;
     }
-    for (int i = 0; i < block.groups.count; ++i) {
-      for (int64_t g = block.groups.range[i].begin; g < block.groups.range[i].end; ++g) {
-        score_direct<kRows>(x, x_stride, load_group(g), t_.dim, scale, scores_ + g * kKeyGroup,
-                            positions_);
+    for (const Range& groups : block.groups) {
+      for (int64_t g = groups.begin; g < groups.end; ++g) {
+        score_direct<kRows>(static_cast<const A*>(q_), width_,
+                            GroupRows<T>(k_.k, k_.k_stride, k_.keys + g * kKeyGroup), k_.dim, scale,
+                            scores_ + g * kKeyGroup, stride_);
       }
     }
   }
@@ -174,20 +180,22 @@ class Attend {
       for (int64_t j = groups.begin * kKeyGroup; j < groups.end * kKeyGroup; j += Vector::kLanes) {
         exp2<Precision::kFull>(sub(Vector::load(scores + j), offset)).store(scores + j);
       }
+      // For sum_ranges().
+      Vector::broadcast(0).store(scores + groups.end * kKeyGroup);
     }
     return greatest;
   }
 
   template <int kRows>
-  void sum(int64_t row, const Range* first_run, const Range* last_run, A* total) {
-    const A* weights = scores_ + row * positions_;
+  void sum(int64_t row, const Range* first_run, const Range* last_run) {
+    const A* weights = scores_ + row * stride_;
     A* out = sums_ + row * width_;
-    if (packs_values_) {
-      weighted_sums<kRows>(weights, positions_, static_cast<const A*>(packed_values_), width_,
-                           nullptr, first_run, last_run, width_, out, width_, total);
+    if (packs_values()) {
+      weighted_panels<kRows>(weights, stride_, static_cast<const A*>(packed_values_), positions_,
+                             first_run, last_run, width_, out, width_);
     } else {
-      weighted_sums<kRows>(weights, positions_, t_.v, t_.v_stride, t_.keys, first_run, last_run,
-                           width_, out, width_, total);
+      weighted_sums<kRows>(weights, stride_, k_.v, k_.v_stride, k_.keys, first_run, last_run,
+                           width_, out, width_);
     }
   }
 
@@ -199,43 +207,51 @@ class Attend {
     return reduce_add(zero) == 0;
   }
 
-  void finish(int64_t row, const A* sums, A total, A max, bool sees) {
-    T* out = t_.out + row * t_.out_stride;
+  void finish(const AttentionTile<T>& tile, int64_t row, const A* sums, A total, A max, bool sees) {
     const A factor = sees ? A(1) / total : A(0);
-    store_scaled(sums, factor, t_.dim, out);
-    t_.lse[row * t_.lse_stride] = sees ? max * kLn2<A> + logarithm(total) : kLowest;
+    store_scaled(sums, factor, k_.dim, tile.out + row * tile.out_stride);
+    tile.lse[row * tile.lse_stride] = sees ? max * kLn2<A> + logarithm(total) : kLowest;
   }
 
   static constexpr A kLowest = -static_cast<A>(__builtin_huge_val());
 
-  const AttentionTile<T>& t_;
+  const AttentionKeys<T>& k_;
   int64_t positions_;
   int64_t width_;
-  bool packs_keys_;
-  bool packs_values_;
-  A* scores_;         // [kBlockRows, positions], then their exponentials
+  int64_t stride_;    // of the scores, which leave room for a vector of zeros
+  A* packed_keys_;    // [groups, dim, kKeyGroup]
+  A* packed_values_;  // see pack_panels()
+  A* scores_;         // [kBlockRows, stride], then their exponentials
   A* sums_;           // [kBlockRows, width]
   A* q_;              // [kBlockRows, width]
-  A* packed_keys_;    // [groups, dim, kKeyGroup]
-  A* packed_values_;  // [positions, width]
 };
 
 }  // namespace
 
 template <typename T>
-void attend(const AttentionTile<T>& tile) {
-  Attend<T>(tile).run();
+void pack_keys(const AttentionKeys<T>& keys) {
+  Attend<T>(keys).pack();
 }
 
-template void attend(const AttentionTile<float>&);
-template void attend(const AttentionTile<double>&);
-template void attend(const AttentionTile<BFloat16>&);
-template void attend(const AttentionTile<Half>&);
+template <typename T>
+void attend(const AttentionKeys<T>& keys, const AttentionTile<T>& tile) {
+  Attend<T>(keys).run(tile);
+}
+
+template void pack_keys(const AttentionKeys<float>&);
+template void pack_keys(const AttentionKeys<double>&);
+template void pack_keys(const AttentionKeys<BFloat16>&);
+template void pack_keys(const AttentionKeys<Half>&);
+template void attend(const AttentionKeys<float>&, const AttentionTile<float>&);
+template void attend(const AttentionKeys<double>&, const AttentionTile<double>&);
+template void attend(const AttentionKeys<BFloat16>&, const AttentionTile<BFloat16>&);
+template void attend(const AttentionKeys<Half>&, const AttentionTile<Half>&);
 
 }  // namespace pynar::PYNAR_ISA
 
 #else
 
+#include <algorithm>
 #include <optional>
 
 #include "attention/interval_arguments.h"
@@ -249,44 +265,62 @@ namespace {
 
 constexpr const char* kName = "interval_attention";
 
+// Queries that share packed keys: as many as leave each thread a few pieces of work.
+int64_t family_rows(const AttentionSizes& sizes) {
+  const int64_t rows = sizes.batch * sizes.queries * sizes.heads;
+  return std::clamp<int64_t>(rows / (4 * max_threads()), TileList::kMaxRows,
+                             8 * TileList::kMaxRows);
+}
+
 template <typename T>
 void interval_attention_cpu(const IntervalAttentionParams<T>& p) {
+  using A = accumulation_t<T>;
   const IntervalView view = interval_view(p.intervals, p.sizes);
   const TileList tiles(Check(kName), view);
+  const TileFamilies families(tiles, view, family_rows(p.sizes));
+  const auto pack_keys = PYNAR_SELECT_KERNEL(pack_keys<T>);
   const auto attend = PYNAR_SELECT_KERNEL(attend<T>);
   const int64_t heads = p.sizes.heads;
-  const int64_t work = heads * tiles.total();
+  const int64_t work = heads * families.total();
   parallel_for(work, attention_grain(p.sizes), [&](int64_t first, int64_t last) {
     thread_local TilePlan plan;
     thread_local Scratch scratch;
-    const TileSpan* planned = nullptr;
-    const auto run = [&](const TileSpan& span, int64_t h) {
-      if (planned != &span) plan.build(view, span);
-      planned = &span;
-      AttentionTile<T> tile;
-      tile.q = p.q.at(span.b, h, span.first);
-      tile.k = p.k.at(span.b, h, 0);
-      tile.next_k = h + 1 < heads ? p.k.at(span.b, h + 1, 0) : tile.k;
-      tile.v = p.v.at(span.b, h, 0);
-      tile.out = p.out.at(span.b, h, span.first);
-      tile.lse = p.lse.at(span.b, h, span.first);
-      tile.q_stride = p.q.stride_t;
-      tile.k_stride = p.k.stride_t;
-      tile.v_stride = p.v.stride_t;
-      tile.out_stride = p.out.stride_t;
-      tile.lse_stride = p.lse.stride_t;
-      tile.rows = span.rows;
-      tile.dim = p.sizes.dim;
-      tile.num_groups = plan.num_groups();
-      tile.keys = plan.keys();
-      tile.blocks = plan.blocks();
-      tile.block_step = plan.block_step();
-      tile.scale = p.scale;
-      tile.scratch =
-          scratch.get<accumulation_t<T> >(attention_scratch(tile.num_groups, tile.rows, tile.dim));
-      attend(tile);
+    const TileFamily* planned = nullptr;
+    const auto run = [&](const TileFamily& family, int64_t h) {
+      if (planned != &family) plan.build(view, families.tiles(family));
+      planned = &family;
+      const bool last_head = h + 1 == heads;
+      AttentionKeys<T> keys;
+      keys.k = p.k.at(family.b, h, 0);
+      keys.v = p.v.at(family.b, h, 0);
+      keys.k_stride = p.k.stride_t;
+      keys.v_stride = p.v.stride_t;
+      keys.k_next = last_head ? 0 : p.k.stride_h;
+      keys.v_next = last_head ? 0 : p.v.stride_h;
+      keys.dim = p.sizes.dim;
+      keys.num_groups = plan.num_groups();
+      keys.keys = plan.keys();
+      keys.packed = family.rows > kBlockRows;
+      keys.scratch = scratch.get<A>(attention_scratch(keys.num_groups, keys.dim));
+      pack_keys(keys);
+      for (const TileBlocks& blocks : plan.tiles()) {
+        const TileSpan& span = *blocks.span;
+        AttentionTile<T> tile;
+        tile.q = p.q.at(span.b, h, span.first);
+        tile.out = p.out.at(span.b, h, span.first);
+        tile.lse = p.lse.at(span.b, h, span.first);
+        tile.q_stride = p.q.stride_t;
+        tile.q_next = last_head ? 0 : p.q.stride_h;
+        tile.out_stride = p.out.stride_t;
+        tile.lse_stride = p.lse.stride_t;
+        tile.rows = span.rows;
+        tile.blocks = plan.blocks() + blocks.first;
+        tile.block_step = blocks.step;
+        tile.scale = p.scale;
+        attend(keys, tile);
+      }
     };
-    for_each_share(tiles.tiles(), tiles.total(), heads, first, last, run);
+    for_each_share(families.families(), families.total(), heads, first, last, run);
   });
 }
 

@@ -5,47 +5,64 @@
 
 namespace pynar {
 
+// One head of the keys of a family.
+template <typename T>
+struct AttentionBackwardKeys {
+  using A = accumulation_t<T>;
+  const T* k;  // of the sentence
+  const T* v;
+  int64_t k_stride, v_stride;
+  int64_t k_next, v_next;  // from here on to the next head; 0 for the last one
+  int64_t dim;
+  int64_t num_keys, num_groups;
+  const int64_t* keys;  // at each position
+  int64_t rows;         // of the longest tile
+  A* scratch;           // attention_backward_scratch() elements, aligned to 64 bytes
+  A* grad_k;            // [positions, width], added to
+  A* grad_v;
+
+  int64_t positions() const { return num_groups * kKeyGroup; }
+};
+
 // One head of one tile.
 template <typename T>
 struct AttentionBackwardTile {
   using A = accumulation_t<T>;
   const T* grad_out;  // of the tile's first query
   const T* q;
-  const T* k;  // of the sentence
-  const T* v;
   const T* out;
   const A* lse;
   T* grad_q;
-  int64_t grad_out_stride, q_stride, k_stride, v_stride, out_stride, lse_stride, grad_q_stride;
-  int64_t rows, dim;
-  int64_t num_keys, num_groups;
-  const int64_t* keys;  // at each position
+  int64_t grad_out_stride, q_stride, out_stride, lse_stride, grad_q_stride;
+  int64_t grad_out_next, q_next, out_next;
+  int64_t rows;
   const RowBlock* blocks;
   int64_t block_step;
   const Range* group_rows;  // see TilePlan
   const int64_t* group_starts;
   double scale;
-  A* grad_k;  // [keys from first_key on, width], added to
-  A* grad_v;
-  int64_t first_key;
-  A* scratch;  // attention_backward_scratch() elements, aligned to 64 bytes
 };
 
-// Channels in whole vectors of any instruction set.
-constexpr int64_t attention_width(int64_t dim) {
-  return (dim + 15) / 16 * 16;
+// From one query's weights to the next: an odd number of cache lines, so that a column of them
+// does not end up in a few sets of the cache.
+constexpr int64_t attention_weights_stride(int64_t num_groups) {
+  return (num_groups | 1) * kKeyGroup;
 }
 
 constexpr int64_t attention_backward_scratch(int64_t num_groups, int64_t rows, int64_t dim) {
   const int64_t positions = num_groups * kKeyGroup;
   const int64_t width = attention_width(dim);
-  return 2 * positions * dim + (positions + 2 * rows + kBlockRows) * width + 2 * rows * positions;
+  return 2 * positions * dim + (positions + 2 * rows + kBlockRows) * width +
+         2 * rows * attention_weights_stride(num_groups);
 }
 
+PYNAR_DECLARE_KERNEL(template <typename T> void pack_backward(const AttentionBackwardKeys<T>& keys))
 PYNAR_DECLARE_KERNEL(template <typename T>
-                     void attend_backward(const AttentionBackwardTile<T>& tile))
-// out = x in the storage type, for `rows` rows of `width` into rows of `dim` elements
-PYNAR_DECLARE_KERNEL(template <typename T> void store_rows(const accumulation_t<T>* x, int64_t rows,
+                     void attend_backward(const AttentionBackwardKeys<T>& keys,
+                                          const AttentionBackwardTile<T>& tile))
+// out[rows[i]] = x[i] in the storage type, for `count` rows of `width` into rows of `dim` elements
+PYNAR_DECLARE_KERNEL(template <typename T> void store_rows(const accumulation_t<T>* x,
+                                                           const int64_t* rows, int64_t count,
                                                            int64_t dim, T* out, int64_t out_stride))
 
 }  // namespace pynar
@@ -63,85 +80,110 @@ class AttendBackward {
   using A = accumulation_t<T>;
   using Vector = Simd<A>;
 
-  explicit AttendBackward(const AttentionBackwardTile<T>& tile)
-      : t_(tile), positions_(tile.num_groups * kKeyGroup), width_(attention_width(tile.dim)) {
-    A* next = tile.scratch;
+  explicit AttendBackward(const AttentionBackwardKeys<T>& keys)
+      : k_(keys),
+        positions_(keys.positions()),
+        width_(attention_width(keys.dim)),
+        stride_(attention_weights_stride(keys.num_groups)) {
+    A* next = keys.scratch;
     const auto take = [&](int64_t count) {
       A* taken = next;
       next += count;
       return taken;
     };
     keys_ = take(positions_ * width_);
-    q_ = take(tile.rows * width_);
-    grad_out_ = take(tile.rows * width_);
+    transposed_keys_ = take(positions_ * k_.dim);
+    transposed_values_ = take(positions_ * k_.dim);
+    q_ = take(k_.rows * width_);
+    grad_out_ = take(k_.rows * width_);
     grad_q_ = take(kBlockRows * width_);
-    weights_ = take(tile.rows * positions_);
-    grad_scores_ = take(tile.rows * positions_);
-    transposed_keys_ = take(positions_ * tile.dim);
-    transposed_values_ = take(positions_ * tile.dim);
+    weights_ = take(k_.rows * stride_);
+    grad_scores_ = take(k_.rows * stride_);
   }
 
-  void run() {
-    const int64_t* in_order = nullptr;
-    pack_rows(t_.q, t_.q_stride, in_order, t_.rows, t_.dim, q_, width_);
-    pack_rows(t_.grad_out, t_.grad_out_stride, in_order, t_.rows, t_.dim, grad_out_, width_);
-    pack_rows(t_.k, t_.k_stride, t_.keys, t_.num_keys, t_.dim, keys_, width_);
-    for (int64_t g = 0; g < t_.num_groups; ++g) {
-      const int64_t* keys = t_.keys + g * kKeyGroup;
-      const int64_t at = g * t_.dim * kKeyGroup;
-      pack_transposed(GroupRows<T>(t_.k, t_.k_stride, keys), t_.dim, transposed_keys_ + at);
-      pack_transposed(GroupRows<T>(t_.v, t_.v_stride, keys), t_.dim, transposed_values_ + at);
+  void pack() {
+    for (int64_t g = 0; g < k_.num_groups; ++g) {
+      const int64_t* keys = k_.keys + g * kKeyGroup;
+      prefetch(GroupRows<T>(k_.k + k_.k_next, k_.k_stride, keys), k_.dim);
+      prefetch(GroupRows<T>(k_.v + k_.v_next, k_.v_stride, keys), k_.dim);
+      const int64_t at = g * k_.dim * kKeyGroup;
+      pack_transposed(GroupRows<T>(k_.k, k_.k_stride, keys), k_.dim, transposed_keys_ + at);
+      pack_transposed(GroupRows<T>(k_.v, k_.v_stride, keys), k_.dim, transposed_values_ + at);
+      pack_panels(k_.k, k_.k_stride, k_.keys, g * kKeyGroup, (g + 1) * kKeyGroup, positions_,
+                  k_.dim, width_, keys_);
     }
-    const RowBlock* block = t_.blocks;
-    for (int64_t r = 0; r < t_.rows; r += kBlockRows, block += t_.block_step) {
-      with_constant<kBlockRows>(t_.rows - r < kBlockRows ? t_.rows - r : kBlockRows,
-                                [&](auto rows) { run_block<decltype(rows)::value>(*block, r); });
+  }
+
+  void run(const AttentionBackwardTile<T>& tile) {
+    pack_queries(tile.q, tile.q_stride, tile.q_next, tile.rows, q_);
+    pack_queries(tile.grad_out, tile.grad_out_stride, tile.grad_out_next, tile.rows, grad_out_);
+    const RowBlock* block = tile.blocks;
+    for (int64_t r = 0; r < tile.rows; r += kBlockRows, block += tile.block_step) {
+      with_constant<kBlockRows>(
+          tile.rows - r < kBlockRows ? tile.rows - r : kBlockRows,
+          [&](auto rows) { run_block<decltype(rows)::value>(tile, *block, r); });
     }
-    for (int64_t j = 0; j < t_.num_keys; j += kBlockRows) {
-      with_constant<kBlockRows>(t_.num_keys - j < kBlockRows ? t_.num_keys - j : kBlockRows,
-                                [&](auto keys) { run_keys<decltype(keys)::value>(j); });
+    for (int64_t g = 0; g < k_.num_groups; ++g) {
+      const int64_t* starts = tile.group_starts + g;
+      if (starts[0] == starts[1]) continue;
+      const int64_t begin = g * kKeyGroup;
+      const int64_t end = begin + kKeyGroup < k_.num_keys ? begin + kKeyGroup : k_.num_keys;
+      for (int64_t j = begin; j < end; j += kBlockRows) {
+        with_constant<kBlockRows>(end - j < kBlockRows ? end - j : kBlockRows, [&](auto keys) {
+          run_keys<decltype(keys)::value>(j, tile.group_rows + starts[0],
+                                          tile.group_rows + starts[1]);
+        });
+      }
     }
   }
 
  private:
-  // The weights of a block's queries, the gradients of their scores, and their own.
-  template <int kRows>
-  void run_block(const RowBlock& block, int64_t first) {
-    A* weights = weights_ + first * positions_;
-    A* grad_scores = grad_scores_ + first * positions_;
-    score_groups<kRows>(block.groups, q_ + first * width_, width_,
-                        static_cast<const A*>(transposed_keys_), t_.dim,
-                        static_cast<A>(t_.scale * 1.4426950408889634), weights, positions_);
-    score_groups<kRows>(block.groups, grad_out_ + first * width_, width_,
-                        static_cast<const A*>(transposed_values_), t_.dim, A(1), grad_scores,
-                        positions_);
-    for (int r = 0; r < kRows; ++r) {
-      finish_row(block, first + r, weights + r * positions_, grad_scores + r * positions_);
-      fill(block.gaps[r], weights + r * positions_, A(0));
-      fill(block.gaps[r], grad_scores + r * positions_, A(0));
-    }
-    A totals[kRows];
-    weighted_sums<kRows>(grad_scores, positions_, static_cast<const A*>(keys_), width_, nullptr,
-                         block.runs.range, block.runs.range + block.runs.count, width_, grad_q_,
-                         width_, totals);
-    for (int r = 0; r < kRows; ++r) {
-      store_scaled(grad_q_ + r * width_, A(1), t_.dim, t_.grad_q + (first + r) * t_.grad_q_stride);
+  void pack_queries(const T* x, int64_t stride, int64_t next, int64_t rows, A* packed) {
+    for (int64_t r = 0; r < rows; ++r) {
+      prefetch_row(x + r * stride + next, k_.dim);
+      pack_row(x + r * stride, k_.dim, width_, packed + r * width_);
     }
   }
 
-  void finish_row(const RowBlock& block, int64_t row, A* weights, A* grad_scores) {
-    const T* out = t_.out + row * t_.out_stride;
+  // The weights of a block's queries, the gradients of their scores, and their own.
+  template <int kRows>
+  void run_block(const AttentionBackwardTile<T>& tile, const RowBlock& block, int64_t first) {
+    A* weights = weights_ + first * stride_;
+    A* grad_scores = grad_scores_ + first * stride_;
+    score_groups<kRows>(block.groups, static_cast<const A*>(q_ + first * width_), width_,
+                        static_cast<const A*>(transposed_keys_), k_.dim,
+                        static_cast<A>(tile.scale * 1.4426950408889634), weights, stride_);
+    score_groups<kRows>(block.groups, static_cast<const A*>(grad_out_ + first * width_), width_,
+                        static_cast<const A*>(transposed_values_), k_.dim, A(1), grad_scores,
+                        stride_);
+    for (int r = 0; r < kRows; ++r) {
+      finish_row(tile, block, first + r, weights + r * stride_, grad_scores + r * stride_);
+      fill(block.gaps[r], weights + r * stride_, A(0));
+      fill(block.gaps[r], grad_scores + r * stride_, A(0));
+    }
+    weighted_panels<kRows>(grad_scores, stride_, static_cast<const A*>(keys_), positions_,
+                           block.runs.begin(), block.runs.end(), width_, grad_q_, width_);
+    for (int r = 0; r < kRows; ++r) {
+      store_scaled(grad_q_ + r * width_, A(1), k_.dim,
+                   tile.grad_q + (first + r) * tile.grad_q_stride);
+    }
+  }
+
+  void finish_row(const AttentionBackwardTile<T>& tile, const RowBlock& block, int64_t row,
+                  A* weights, A* grad_scores) {
+    const T* out = tile.out + row * tile.out_stride;
+    prefetch_row(out + tile.out_next, k_.dim);
     const A* grad_out = grad_out_ + row * width_;
     Vector products = Vector::broadcast(0);
     int64_t c = 0;
-    for (; c + Vector::kLanes <= t_.dim; c += Vector::kLanes) {
+    for (; c + Vector::kLanes <= k_.dim; c += Vector::kLanes) {
       products = multiply_add(Vector::load(grad_out + c), Vector::load(out + c), products);
     }
     A product = reduce_add(products);
-    for (; c < t_.dim; ++c) product += grad_out[c] * to_accumulation(out[c]);
-    const Vector offset = Vector::broadcast(t_.lse[row * t_.lse_stride] * kLog2E<A>);
+    for (; c < k_.dim; ++c) product += grad_out[c] * to_accumulation(out[c]);
+    const Vector offset = Vector::broadcast(tile.lse[row * tile.lse_stride] * kLog2E<A>);
     const Vector mean = Vector::broadcast(product);
-    const Vector scale = Vector::broadcast(static_cast<A>(t_.scale));
+    const Vector scale = Vector::broadcast(static_cast<A>(tile.scale));
     for (int i = 0; i < block.groups.count; ++i) {
       const int64_t end = block.groups.range[i].end * kKeyGroup;
       for (int64_t j = block.groups.range[i].begin * kKeyGroup; j < end; j += Vector::kLanes) {
@@ -152,72 +194,76 @@ class AttendBackward {
     }
   }
 
-  // The share of the tile's queries in the gradients of the keys at `first` and after.
+  // The share of the tile's queries `rows` in the gradients of the keys at `first` and after.
   template <int kKeys>
-  void run_keys(int64_t first) {
-    A* grad_k[kKeys];
-    A* grad_v[kKeys];
-    for (int i = 0; i < kKeys; ++i) {
-      const int64_t key = t_.keys[first + i] - t_.first_key;
-      grad_k[i] = t_.grad_k + key * width_;
-      grad_v[i] = t_.grad_v + key * width_;
-    }
-    const int64_t* starts = t_.group_starts + first / kKeyGroup;
-    const Range* rows = t_.group_rows + starts[0];
-    const Range* last = t_.group_rows + starts[1];
+  void run_keys(int64_t first, const Range* rows, const Range* last) {
+    A* grad_k = k_.grad_k + first * width_;
+    A* grad_v = k_.grad_v + first * width_;
     for_each_part<A>(width_, [&](int64_t c, auto vectors) {
       constexpr int kVectors = decltype(vectors)::value;
-      add_weighted_rows<kKeys, kVectors>(weights_ + first, positions_,
-                                         static_cast<const A*>(grad_out_), width_, rows, last, c,
-                                         grad_v);
-      add_weighted_rows<kKeys, kVectors>(grad_scores_ + first, positions_,
-                                         static_cast<const A*>(q_), width_, rows, last, c, grad_k);
+      add_weighted_rows<kKeys, kVectors>(weights_ + first, stride_,
+                                         static_cast<const A*>(grad_out_ + c), width_, rows, last,
+                                         grad_v + c, width_);
+      add_weighted_rows<kKeys, kVectors>(grad_scores_ + first, stride_,
+                                         static_cast<const A*>(q_ + c), width_, rows, last,
+                                         grad_k + c, width_);
     });
   }
 
-  const AttentionBackwardTile<T>& t_;
+  const AttentionBackwardKeys<T>& k_;
   int64_t positions_;
   int64_t width_;
-  A* keys_;               // [positions, width]
+  int64_t stride_;
+  A* keys_;               // see pack_panels()
+  A* transposed_keys_;    // [groups, dim, kKeyGroup]
+  A* transposed_values_;  // [groups, dim, kKeyGroup]
   A* q_;                  // [rows, width]
   A* grad_out_;           // [rows, width]
   A* grad_q_;             // [kBlockRows, width]
-  A* weights_;            // [rows, positions], first the scores
-  A* grad_scores_;        // [rows, positions], first the gradients of the weights
-  A* transposed_keys_;    // [groups, dim, kKeyGroup]
-  A* transposed_values_;  // [groups, dim, kKeyGroup]
+  A* weights_;            // [rows, stride], first the scores
+  A* grad_scores_;        // [rows, stride], first the gradients of the weights
 };
 
 }  // namespace
 
 template <typename T>
-void attend_backward(const AttentionBackwardTile<T>& tile) {
-  AttendBackward<T>(tile).run();
+void pack_backward(const AttentionBackwardKeys<T>& keys) {
+  AttendBackward<T>(keys).pack();
 }
 
 template <typename T>
-void store_rows(const accumulation_t<T>* x, int64_t rows, int64_t dim, T* out, int64_t out_stride) {
+void attend_backward(const AttentionBackwardKeys<T>& keys, const AttentionBackwardTile<T>& tile) {
+  AttendBackward<T>(keys).run(tile);
+}
+
+template <typename T>
+void store_rows(const accumulation_t<T>* x, const int64_t* rows, int64_t count, int64_t dim, T* out,
+                int64_t out_stride) {
   using A = accumulation_t<T>;
-  for (int64_t i = 0; i < rows; ++i) {
-    store_scaled(x + i * attention_width(dim), A(1), dim, out + i * out_stride);
+  for (int64_t i = 0; i < count; ++i) {
+    store_scaled(x + i * attention_width(dim), A(1), dim, out + rows[i] * out_stride);
   }
 }
 
-template void attend_backward(const AttentionBackwardTile<float>&);
-template void attend_backward(const AttentionBackwardTile<double>&);
-template void attend_backward(const AttentionBackwardTile<BFloat16>&);
-template void attend_backward(const AttentionBackwardTile<Half>&);
-template void store_rows(const float*, int64_t, int64_t, float*, int64_t);
-template void store_rows(const double*, int64_t, int64_t, double*, int64_t);
-template void store_rows(const float*, int64_t, int64_t, BFloat16*, int64_t);
-template void store_rows(const float*, int64_t, int64_t, Half*, int64_t);
+#define PYNAR_ATTENTION_BACKWARD(T)                                                                \
+  template void pack_backward(const AttentionBackwardKeys<T>&);                                    \
+  template void attend_backward(const AttentionBackwardKeys<T>&, const AttentionBackwardTile<T>&); \
+  template void store_rows(const accumulation_t<T>*, const int64_t*, int64_t, int64_t, T*, int64_t);
+PYNAR_ATTENTION_BACKWARD(float)
+PYNAR_ATTENTION_BACKWARD(double)
+PYNAR_ATTENTION_BACKWARD(BFloat16)
+PYNAR_ATTENTION_BACKWARD(Half)
+#undef PYNAR_ATTENTION_BACKWARD
 
 }  // namespace pynar::PYNAR_ISA
 
 #else
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <optional>
+#include <span>
 
 #include "attention/interval_arguments.h"
 #include "common/parallel.h"
@@ -230,12 +276,29 @@ namespace {
 
 constexpr const char* kName = "interval_attention_backward";
 
+// Writes zeros to the rows of a range that are not among `rows`, which are in order.
+template <typename T>
+void clear_others(Range range, std::span<const int64_t> rows, int64_t dim, T* out,
+                  int64_t out_stride) {
+  int64_t next = range.begin;
+  const auto clear_to = [&](int64_t end) {
+    for (; next < end; ++next) std::memset(out + next * out_stride, 0, dim * sizeof(T));
+  };
+  for (const int64_t row : rows) {
+    clear_to(row);
+    next = row + 1;
+  }
+  clear_to(range.end);
+}
+
 template <typename T>
 void interval_attention_backward_cpu(const IntervalAttentionBackwardParams<T>& p) {
   using A = accumulation_t<T>;
   const IntervalView view = interval_view(p.intervals, p.sizes);
   const TileList tiles(Check(kName), view);
-  const TileFamilies families(tiles, view);
+  // Not cut: the gradient of a key is one sum.
+  const TileFamilies families(tiles, view, std::numeric_limits<int64_t>::max());
+  const auto pack_backward = PYNAR_SELECT_KERNEL(pack_backward<T>);
   const auto attend_backward = PYNAR_SELECT_KERNEL(attend_backward<T>);
   const auto store_rows = PYNAR_SELECT_KERNEL(store_rows<T>);
   const int64_t heads = p.sizes.heads;
@@ -245,54 +308,67 @@ void interval_attention_backward_cpu(const IntervalAttentionBackwardParams<T>& p
     thread_local TilePlan plan;
     thread_local Scratch scratch;
     thread_local Scratch gradients;
-    const TileSpan* planned = nullptr;
+    const TileFamily* planned = nullptr;
     const auto run = [&](const TileFamily& family, int64_t h) {
-      const int64_t num_keys = family.keys.end - family.keys.begin;
-      const int64_t size = num_keys * attention_width(dim);
-      A* grad_k = gradients.get<A>(2 * size);
-      A* grad_v = grad_k + size;
-      std::fill_n(grad_k, 2 * size, A(0));
-      for (const TileSpan* span : family.tiles) {
-        if (planned != span) {
-          plan.build(view, *span);
-          plan.build_group_rows(span->rows);
-        }
-        planned = span;
+      if (planned != &family) {
+        plan.build(view, families.tiles(family));
+        plan.build_group_rows();
+      }
+      planned = &family;
+      const bool last_head = h + 1 == heads;
+      AttentionBackwardKeys<T> keys;
+      keys.k = p.k.at(family.b, h, 0);
+      keys.v = p.v.at(family.b, h, 0);
+      keys.k_stride = p.k.stride_t;
+      keys.v_stride = p.v.stride_t;
+      keys.k_next = last_head ? 0 : p.k.stride_h;
+      keys.v_next = last_head ? 0 : p.v.stride_h;
+      keys.dim = dim;
+      keys.num_keys = plan.num_keys();
+      keys.num_groups = plan.num_groups();
+      keys.keys = plan.keys();
+      keys.rows = 0;
+      for (const TileBlocks& blocks : plan.tiles()) {
+        keys.rows = std::max(keys.rows, blocks.span->rows);
+      }
+      keys.scratch = scratch.get<A>(attention_backward_scratch(keys.num_groups, keys.rows, dim));
+      const int64_t size = keys.num_keys * attention_width(dim);
+      keys.grad_k = gradients.get<A>(2 * size);
+      keys.grad_v = keys.grad_k + size;
+      std::fill_n(keys.grad_k, 2 * size, A(0));
+      pack_backward(keys);
+      for (size_t i = 0; i < plan.tiles().size(); ++i) {
+        const TileBlocks& blocks = plan.tiles()[i];
+        const TileSpan& span = *blocks.span;
         AttentionBackwardTile<T> tile;
-        tile.grad_out = p.grad_out.at(span->b, h, span->first);
-        tile.q = p.q.at(span->b, h, span->first);
-        tile.k = p.k.at(span->b, h, 0);
-        tile.v = p.v.at(span->b, h, 0);
-        tile.out = p.out.at(span->b, h, span->first);
-        tile.lse = p.lse.at(span->b, h, span->first);
-        tile.grad_q = p.grad_q.at(span->b, h, span->first);
+        tile.grad_out = p.grad_out.at(span.b, h, span.first);
+        tile.q = p.q.at(span.b, h, span.first);
+        tile.out = p.out.at(span.b, h, span.first);
+        tile.lse = p.lse.at(span.b, h, span.first);
+        tile.grad_q = p.grad_q.at(span.b, h, span.first);
         tile.grad_out_stride = p.grad_out.stride_t;
         tile.q_stride = p.q.stride_t;
-        tile.k_stride = p.k.stride_t;
-        tile.v_stride = p.v.stride_t;
         tile.out_stride = p.out.stride_t;
         tile.lse_stride = p.lse.stride_t;
         tile.grad_q_stride = p.grad_q.stride_t;
-        tile.rows = span->rows;
-        tile.dim = dim;
-        tile.num_keys = plan.num_keys();
-        tile.num_groups = plan.num_groups();
-        tile.keys = plan.keys();
-        tile.blocks = plan.blocks();
-        tile.block_step = plan.block_step();
+        tile.grad_out_next = last_head ? 0 : p.grad_out.stride_h;
+        tile.q_next = last_head ? 0 : p.q.stride_h;
+        tile.out_next = last_head ? 0 : p.out.stride_h;
+        tile.rows = span.rows;
+        tile.blocks = plan.blocks() + blocks.first;
+        tile.block_step = blocks.step;
         tile.group_rows = plan.group_rows();
-        tile.group_starts = plan.group_starts();
+        tile.group_starts = plan.group_starts(static_cast<int64_t>(i));
         tile.scale = p.scale;
-        tile.grad_k = grad_k;
-        tile.grad_v = grad_v;
-        tile.first_key = family.keys.begin;
-        tile.scratch =
-            scratch.get<A>(attention_backward_scratch(tile.num_groups, tile.rows, tile.dim));
-        attend_backward(tile);
+        attend_backward(keys, tile);
       }
-      const int64_t begin = family.keys.begin;
-      store_rows(grad_k, num_keys, dim, p.grad_k.at(family.b, h, begin), p.grad_k.stride_t);
-      store_rows(grad_v, num_keys, dim, p.grad_v.at(family.b, h, begin), p.grad_v.stride_t);
+      const std::span<const int64_t> seen(keys.keys, keys.num_keys);
+      const auto store = [&](const A* grad, T* out, int64_t stride) {
+        store_rows(grad, seen.data(), keys.num_keys, dim, out, stride);
+        clear_others(family.keys, seen, dim, out, stride);
+      };
+      store(keys.grad_k, p.grad_k.at(family.b, h, 0), p.grad_k.stride_t);
+      store(keys.grad_v, p.grad_v.at(family.b, h, 0), p.grad_v.stride_t);
     };
     for_each_share(families.families(), families.total(), heads, first, last, run);
   });

@@ -1,7 +1,6 @@
 #include "attention/interval_tiles.h"
 
 #include <algorithm>
-#include <span>
 #include <string>
 
 namespace pynar {
@@ -148,121 +147,140 @@ TileList::TileList(const Check& check, const IntervalView& view) {
   }
 }
 
-TileFamilies::TileFamilies(const TileList& list, const IntervalView& view) {
-  std::vector<const TileSpan*> sorted;
-  for (const TileSpan& tile : list.tiles()) sorted.push_back(&tile);
+TileFamilies::TileFamilies(const TileList& list, const IntervalView& view, int64_t max_rows) {
+  tiles_.reserve(list.tiles().size());
+  for (const TileSpan& tile : list.tiles()) tiles_.push_back(&tile);
   // Tiles without keys end up in front, in the family of whatever comes first.
-  std::stable_sort(sorted.begin(), sorted.end(), [](const TileSpan* x, const TileSpan* y) {
-    return x->b != y->b ? x->b < y->b : x->hull.begin < y->hull.begin;
+  std::sort(tiles_.begin(), tiles_.end(), [](const TileSpan* x, const TileSpan* y) {
+    if (x->b != y->b) return x->b < y->b;
+    return x->hull.begin != y->hull.begin ? x->hull.begin < y->hull.begin : x < y;
   });
-  auto next = sorted.begin();
+  const int64_t count = static_cast<int64_t>(tiles_.size());
+  int64_t next = 0;
   for (int64_t b = 0; b < view.batch; ++b) {
-    families_.push_back({b, {0, view.keys}, {}, 0});
+    families_.push_back({b, {0, view.keys}, next, next, 0, 0});
     int64_t end = 0;
-    for (; next != sorted.end() && (*next)->b == b; ++next) {
-      const Range hull = (*next)->hull;
-      if (end > 0 && hull.begin >= end) {
-        families_.back().keys.end = hull.begin;
-        families_.push_back({b, {hull.begin, view.keys}, {}, 0});
+    for (; next < count && tiles_[next]->b == b; ++next) {
+      const TileSpan& tile = *tiles_[next];
+      const int64_t rows = families_.back().rows;
+      const bool apart = end > 0 && tile.hull.begin >= end;
+      if (apart || (rows > 0 && rows + tile.rows > max_rows)) {
+        families_.back().keys.end = tile.hull.begin;
+        families_.push_back({b, {tile.hull.begin, view.keys}, next, next, 0, 0});
       }
-      end = std::max(end, hull.end);
-      families_.back().tiles.push_back(*next);
+      end = std::max(end, tile.hull.end);
+      families_.back().last = next + 1;
+      families_.back().rows += tile.rows;
     }
   }
   for (TileFamily& family : families_) {
-    std::sort(family.tiles.begin(), family.tiles.end());
+    // In order of their queries.
+    std::sort(tiles_.begin() + family.first, tiles_.begin() + family.last);
     family.begin = total_;
     total_ += 1 + family.keys.end - family.keys.begin;
-    for (const TileSpan* tile : family.tiles) {
+    for (const TileSpan* tile : tiles(family)) {
       const bool last = tile == &list.tiles().back();
       total_ += (last ? list.total() : tile[1].begin) - tile->begin;
     }
   }
 }
 
-void TilePlan::set_keys(const std::vector<Range>& segments) {
+void TilePlan::set_keys() {
+  segments_.erase(normalise(segments_.begin(), segments_.end()), segments_.end());
+  segment_positions_.clear();
   num_keys_ = 0;
-  for (const Range& segment : segments) num_keys_ += segment.end - segment.begin;
+  for (const Range& segment : segments_) {
+    segment_positions_.push_back(num_keys_);
+    num_keys_ += segment.end - segment.begin;
+  }
   keys_.resize((num_keys_ + kKeyGroup - 1) / kKeyGroup * kKeyGroup);
   int64_t* at = keys_.data();
-  for (const Range& segment : segments) {
+  for (const Range& segment : segments_) {
     for (int64_t key = segment.begin; key < segment.end; ++key) *at++ = key;
   }
   std::fill(at, keys_.data() + keys_.size(), num_keys_ > 0 ? at[-1] : 0);
 }
 
-void TilePlan::build(const IntervalView& view, const TileSpan& tile) {
-  uniform_ = tile.uniform;
-  segments_.clear();
-  if (uniform_) {
-    Ranges<kMaxIntervals> row = read(view, tile.b, tile.first);
-    normalise(row);
-    segments_.assign(row.begin(), row.end());
-    set_keys(segments_);
-    if (blocks_.empty()) blocks_.resize(1);
-    RowBlock& block = blocks_[0];
-    for (Ranges<kMaxIntervals>& seen : block.seen) {
-      seen.count = num_keys_ > 0;
-      seen.range[0] = {0, num_keys_};
+// The positions of a query's keys.
+void TilePlan::place(const Ranges<kMaxIntervals>& row, Ranges<kMaxIntervals>& seen) const {
+  seen.count = row.count;
+  for (int i = 0; i < row.count; ++i) {
+    const Range& range = row.range[i];
+    size_t segment = 0;
+    if (segments_.size() > 1) {
+      segment = std::upper_bound(segments_.begin(), segments_.end(), range.begin,
+                                 [](int64_t key, const Range& s) { return key < s.begin; }) -
+                segments_.begin() - 1;
     }
-    finish(block, kBlockRows);
-    return;
-  }
-  rows_.resize(tile.rows);
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    rows_[r] = read(view, tile.b, tile.first + r);
-    normalise(rows_[r]);
-    segments_.insert(segments_.end(), rows_[r].begin(), rows_[r].end());
-  }
-  segments_.erase(normalise(segments_.begin(), segments_.end()), segments_.end());
-  set_keys(segments_);
-  segment_positions_.clear();
-  int64_t position = 0;
-  for (const Range& segment : segments_) {
-    segment_positions_.push_back(position);
-    position += segment.end - segment.begin;
-  }
-  const int64_t num_blocks = (tile.rows + kBlockRows - 1) / kBlockRows;
-  if (static_cast<int64_t>(blocks_.size()) < num_blocks) blocks_.resize(num_blocks);
-  for (int64_t i = 0; i < num_blocks; ++i) {
-    const int64_t rows = std::min<int64_t>(kBlockRows, tile.rows - i * kBlockRows);
-    for (int64_t r = 0; r < rows; ++r) {
-      Ranges<kMaxIntervals>& seen = blocks_[i].seen[r];
-      seen = rows_[i * kBlockRows + r];
-      for (Range& range : std::span(seen.range, seen.count)) {
-        const auto segment =
-            std::upper_bound(segments_.begin(), segments_.end(), range.begin,
-                             [](int64_t key, const Range& s) { return key < s.begin; }) -
-            segments_.begin() - 1;
-        const int64_t shift = segment_positions_[segment] - segments_[segment].begin;
-        range.begin += shift;
-        range.end += shift;
-      }
-      // Ranges that lie apart among all keys can touch among those of the tile.
-      normalise(seen);
-    }
-    finish(blocks_[i], rows);
+    const int64_t shift = segment_positions_[segment] - segments_[segment].begin;
+    seen.range[i] = {range.begin + shift, range.end + shift};
   }
 }
 
-void TilePlan::build_group_rows(int64_t rows) {
-  group_rows_.clear();
-  group_starts_.assign(1, 0);
-  for (int64_t g = 0; g < num_groups(); ++g) {
-    const size_t first = group_rows_.size();
-    for (int64_t r = 0; r < rows; r += kBlockRows) {
-      const RowBlock& block = blocks_[uniform_ ? 0 : r / kBlockRows];
-      const bool holds = std::any_of(block.groups.begin(), block.groups.end(),
-                                     [g](const Range& x) { return x.begin <= g && g < x.end; });
-      if (!holds) continue;
-      const int64_t end = std::min(rows, r + kBlockRows);
-      if (group_rows_.size() > first && group_rows_.back().end == r) {
-        group_rows_.back().end = end;
-      } else {
-        group_rows_.push_back({r, end});
+void TilePlan::build(const IntervalView& view, std::span<const TileSpan* const> tiles) {
+  rows_.clear();
+  segments_.clear();
+  tiles_.clear();
+  int64_t num_blocks = 0;
+  for (const TileSpan* tile : tiles) {
+    const int64_t blocks = tile->uniform ? 1 : (tile->rows + kBlockRows - 1) / kBlockRows;
+    tiles_.push_back({tile, num_blocks, tile->uniform ? 0 : 1, blocks});
+    num_blocks += blocks;
+    const int64_t rows = tile->uniform ? 1 : tile->rows;
+    for (int64_t r = 0; r < rows; ++r) {
+      rows_.push_back(read(view, tile->b, tile->first + r));
+      normalise(rows_.back());
+      for (const Range& range : rows_.back()) {
+        // Rows mostly see what the one before saw.
+        if (segments_.empty() || range.begin < segments_.back().begin ||
+            range.begin > segments_.back().end) {
+          segments_.push_back(range);
+        } else {
+          segments_.back().end = std::max(segments_.back().end, range.end);
+        }
       }
     }
+  }
+  set_keys();
+  if (static_cast<int64_t>(blocks_.size()) < num_blocks) blocks_.resize(num_blocks);
+  const Ranges<kMaxIntervals>* row = rows_.data();
+  for (const TileBlocks& tile : tiles_) {
+    for (int64_t i = 0; i < tile.count; ++i) {
+      RowBlock& block = blocks_[tile.first + i];
+      const int64_t rows = std::min<int64_t>(kBlockRows, tile.span->rows - i * kBlockRows);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (r > 0 && tile.span->uniform) {
+          block.seen[r] = block.seen[0];
+        } else {
+          place(*row++, block.seen[r]);
+        }
+      }
+      finish(block, rows);
+    }
+  }
+}
+
+void TilePlan::build_group_rows() {
+  group_rows_.clear();
+  group_starts_.clear();
+  for (const TileBlocks& tile : tiles_) {
     group_starts_.push_back(static_cast<int64_t>(group_rows_.size()));
+    for (int64_t g = 0; g < num_groups(); ++g) {
+      const size_t first = group_rows_.size();
+      const RowBlock* block = blocks_.data() + tile.first;
+      for (int64_t r = 0; r < tile.span->rows; r += kBlockRows, block += tile.step) {
+        const bool holds = std::any_of(block->groups.begin(), block->groups.end(),
+                                       [g](const Range& x) { return x.begin <= g && g < x.end; });
+        if (!holds) continue;
+        const int64_t end = std::min(tile.span->rows, r + kBlockRows);
+        if (group_rows_.size() > first && group_rows_.back().end == r) {
+          group_rows_.back().end = end;
+        } else {
+          group_rows_.push_back({r, end});
+        }
+      }
+      group_starts_.push_back(static_cast<int64_t>(group_rows_.size()));
+    }
   }
 }
 

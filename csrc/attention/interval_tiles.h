@@ -1,7 +1,8 @@
 // How the CPU kernels of interval attention cut their work up.
 //
-// A tile is a run of queries of one sentence that see mostly the same keys. Its keys are those that
-// any of its queries sees, in order; a key's place in that list is its position. Queries of a tile
+// A tile is a run of queries of one sentence that see mostly the same keys, and a family is tiles
+// that have keys in common. The keys of a family are those that any of its queries sees, in order;
+// a key's place in that list is its position. Keys are packed once for a family. Queries of a tile
 // are taken in blocks, which leave out what none of theirs sees. No result depends on the cut: each
 // is a sum over the query's own keys in order, to which the keys of others add exact zeros.
 #pragma once
@@ -12,8 +13,14 @@ namespace pynar {
 
 // Keys are packed and scored in groups of this many positions.
 constexpr int kKeyGroup = 16;
-// Queries of a block.
-constexpr int kBlockRows = 4;
+// Queries of a block. Six times two vectors of sums leave AVX2 the registers for their factors, and
+// six times four AVX-512.
+constexpr int kBlockRows = 6;
+
+// Channels in whole vectors of any instruction set.
+constexpr int64_t attention_width(int64_t dim) {
+  return (dim + 15) / 16 * 16;
+}
 
 struct Range {
   int64_t begin, end;
@@ -30,9 +37,12 @@ struct Ranges {
 
 struct RowBlock {
   static constexpr int kMaxRuns = kBlockRows * kMaxIntervals;
-  Ranges<kMaxIntervals> seen[kBlockRows];  // positions that each query sees
-  Ranges<kMaxRuns> runs;                   // positions that any of them sees
-  Ranges<kMaxRuns> groups;                 // the groups that hold those
+  // Positions that each query sees: a range for each of its intervals, of which those that touch or
+  // overlap are one. Ranges that only came to touch because nobody sees what lay between stay
+  // apart.
+  Ranges<kMaxIntervals> seen[kBlockRows];
+  Ranges<kMaxRuns> runs;    // positions that any of them sees
+  Ranges<kMaxRuns> groups;  // the groups that hold those
   Ranges<kMaxRuns + kMaxIntervals>
       gaps[kBlockRows];  // positions in `groups` that each query does not see
   bool mixed = false;    // whether the queries differ
@@ -43,6 +53,7 @@ struct RowBlock {
 #ifndef PYNAR_ISA
 
 #include <algorithm>
+#include <span>
 #include <vector>
 
 #include "common/tensor.h"
@@ -96,57 +107,74 @@ class TileList {
   int64_t total_ = 0;
 };
 
-// Tiles with keys in common, directly or through others, and the keys that are theirs alone. Those
-// of a sentence share out all its keys.
+// Tiles with keys in common, directly or through others. Where families are not cut, `keys` are
+// theirs alone, and those of a sentence share out all its keys.
 struct TileFamily {
   int64_t b;
   Range keys;
-  std::vector<const TileSpan*> tiles;  // in order of their queries
-  int64_t begin;                       // see TileSpan
+  int64_t first, last;  // in tiles()
+  int64_t begin;        // see TileSpan
+  int64_t rows;         // of all tiles
 };
 
 class TileFamilies {
  public:
-  TileFamilies(const TileList& tiles, const IntervalView& view);
+  // Families of more than `max_rows` queries are cut where they consist of several tiles.
+  TileFamilies(const TileList& tiles, const IntervalView& view, int64_t max_rows);
 
   int64_t total() const { return total_; }
   const std::vector<TileFamily>& families() const { return families_; }
+  std::span<const TileSpan* const> tiles(const TileFamily& family) const {
+    return {tiles_.data() + family.first, tiles_.data() + family.last};
+  }
 
  private:
   std::vector<TileFamily> families_;
+  std::vector<const TileSpan*> tiles_;
   int64_t total_ = 0;
 };
 
-// The keys and blocks of one tile. Kept by a thread from tile to tile for its memory.
+// The blocks of a tile.
+struct TileBlocks {
+  const TileSpan* span;
+  int64_t first;  // in TilePlan::blocks()
+  int64_t step;   // 0 if all blocks are the same one
+  int64_t count;  // of different ones
+};
+
+// The keys and blocks of a family. Kept by a thread from one to the next for its memory.
 class TilePlan {
  public:
-  void build(const IntervalView& view, const TileSpan& tile);
+  void build(const IntervalView& view, std::span<const TileSpan* const> tiles);
 
   int64_t num_keys() const { return num_keys_; }
   int64_t num_groups() const { return static_cast<int64_t>(keys_.size()) / kKeyGroup; }
   // The key at each position; the last one fills its group up.
   const int64_t* keys() const { return keys_.data(); }
-  // Those of a uniform tile are all the same one.
+  const std::vector<TileBlocks>& tiles() const { return tiles_; }
   const RowBlock* blocks() const { return blocks_.data(); }
-  int64_t block_step() const { return uniform_ ? 0 : 1; }
 
-  // For each group, the queries whose blocks hold it: ranges[starts[g]] to ranges[starts[g + 1]].
-  void build_group_rows(int64_t rows);
+  // For each tile and group of keys, the queries whose blocks hold it.
+  void build_group_rows();
+  // group_rows()[starts[g]] to group_rows()[starts[g + 1]] for starts = group_starts(tile).
   const Range* group_rows() const { return group_rows_.data(); }
-  const int64_t* group_starts() const { return group_starts_.data(); }
+  const int64_t* group_starts(int64_t tile) const {
+    return group_starts_.data() + tile * (num_groups() + 1);
+  }
 
  private:
-  void set_keys(const std::vector<Range>& segments);
+  void set_keys();
+  void place(const Ranges<kMaxIntervals>& row, Ranges<kMaxIntervals>& seen) const;
 
   std::vector<int64_t> keys_;
   int64_t num_keys_ = 0;
-  bool uniform_ = false;
-  std::vector<RowBlock> blocks_;
-  std::vector<Range> segments_;
+  std::vector<TileBlocks> tiles_;
+  std::vector<RowBlock> blocks_;  // more than are in use
+  std::vector<Range> segments_;   // of the keys
   std::vector<int64_t> segment_positions_;
+  std::vector<Ranges<kMaxIntervals>> rows_;
   std::vector<Range> group_rows_;
   std::vector<int64_t> group_starts_;
-  std::vector<Ranges<kMaxIntervals>> rows_;
 };
 
 }  // namespace pynar

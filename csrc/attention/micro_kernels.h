@@ -59,14 +59,17 @@ struct GroupRows {
   }
 };
 
-// Asks for the rows of a group ahead of their use. Heads lie side by side, so that the rows of one
-// head are too short and too far apart for the processor to see them coming.
+// Asks for a row ahead of its use. Heads lie side by side, so that the rows of one head are too
+// short and too far apart for the processor to see them coming.
+template <typename T>
+inline void prefetch_row(const T* row, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t c = 0; c < dim; c += kLine) __builtin_prefetch(row + c);
+}
+
 template <typename T>
 inline void prefetch(const GroupRows<T>& group, int64_t dim) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int i = 0; i < kKeyGroup; ++i) {
-    for (int64_t c = 0; c < dim; c += kLine) __builtin_prefetch(group.row[i] + c);
-  }
+  for (int i = 0; i < kKeyGroup; ++i) prefetch_row(group.row[i], dim);
 }
 
 // Calls body(c, v, column) for each channel c and vector v of a group with the keys' values.
@@ -99,17 +102,40 @@ inline void pack_transposed(const GroupRows<T>& group, int64_t dim, A* packed) {
   });
 }
 
+// Channels whose sums a block's queries keep in registers.
+template <typename A>
+constexpr int64_t kPanel = kMaxVectors<A> * Simd<A>::kLanes;
+
+// `dim` channels of a row, and zeros up to `width`, a multiple of the lanes.
+template <typename A, typename T>
+inline void pack_row(const T* row, int64_t dim, int64_t width, A* packed) {
+  constexpr int kLanes = Simd<A>::kLanes;
+  int64_t c = 0;
+  for (; c + kLanes <= dim; c += kLanes) Simd<A>::load(row + c).store(packed + c);
+  for (; c < dim; ++c) packed[c] = to_accumulation(row[c]);
+  for (; c < width; ++c) packed[c] = 0;
+}
+
 // packed[row][channel], rows filled up with zeros
 template <typename A, typename T>
-inline void pack_rows(const T* x, int64_t stride, const int64_t* keys, int64_t num_rows,
-                      int64_t dim, A* packed, int64_t packed_stride) {
-  constexpr int kLanes = Simd<A>::kLanes;
-  for (int64_t i = 0; i < num_rows; ++i, packed += packed_stride) {
+inline void pack_rows(const T* x, int64_t stride, int64_t num_rows, int64_t dim, A* packed,
+                      int64_t width) {
+  for (int64_t i = 0; i < num_rows; ++i) pack_row(x + i * stride, dim, width, packed + i * width);
+}
+
+// packed[panel][row][channel of the panel] for the rows [first, last) of `num_rows`: what a
+// weighted sum reads lies together. `keys` gives the row at a position; null where that is the
+// position itself.
+template <typename A, typename T>
+inline void pack_panels(const T* x, int64_t stride, const int64_t* keys, int64_t first,
+                        int64_t last, int64_t num_rows, int64_t dim, int64_t width, A* packed) {
+  for (int64_t i = first; i < last; ++i) {
     const T* row = x + (keys != nullptr ? keys[i] : i) * stride;
-    int64_t c = 0;
-    for (; c + kLanes <= dim; c += kLanes) Simd<A>::load(row + c).store(packed + c);
-    for (; c < dim; ++c) packed[c] = to_accumulation(row[c]);
-    for (; c < packed_stride; ++c) packed[c] = 0;
+    for (int64_t c = 0; c < width; c += kPanel<A>) {
+      const int64_t wide = width - c < kPanel<A> ? width - c : kPanel<A>;
+      const int64_t left = dim - c < wide ? dim - c : wide;
+      pack_row(row + c, left, wide, packed + c * num_rows + i * wide);
+    }
   }
 }
 
@@ -181,18 +207,16 @@ inline void score_groups(const Ranges<kCapacity>& runs, const A* x, int64_t x_st
   }
 }
 
-// out[r][c] = sum_j weights[r][j] y[j][c], and sums[r] = sum_j weights[r][j], over the positions j
-// of `runs`, for kRows rows and kVectors vectors of channels. `keys` gives the row of y at a
-// position; null where that is the position itself.
+// out[r][c] = sum_j weights[r][j] y[j][c] over the positions j of `runs`, for kRows rows and
+// kVectors vectors of channels. `keys` gives the row of y at a position; null where that is the
+// position itself.
 template <int kRows, int kVectors, typename A, typename S>
 inline void weighted_sum(const A* weights, int64_t weights_stride, const S* y, int64_t y_stride,
                          const int64_t* keys, const Range* first_run, const Range* last_run, A* out,
-                         int64_t out_stride, A* sums) {
+                         int64_t out_stride) {
   using Vector = Simd<A>;
   Vector sum[kRows][kVectors];
-  Vector total[kRows];
   for (int r = 0; r < kRows; ++r) {
-    total[r] = Vector::broadcast(0);
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::broadcast(0);
   }
   for (const Range* run = first_run; run != last_run; ++run) {
@@ -202,48 +226,88 @@ inline void weighted_sum(const A* weights, int64_t weights_stride, const S* y, i
       for (int v = 0; v < kVectors; ++v) value[v] = Vector::load(row + v * Vector::kLanes);
       for (int r = 0; r < kRows; ++r) {
         const Vector weight = Vector::broadcast(weights[r * weights_stride + j]);
-        total[r] = add(total[r], weight);
         for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(weight, value[v], sum[r][v]);
       }
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    A lanes[Vector::kLanes];
-    total[r].store(lanes);
-    sums[r] = lanes[0];
     for (int v = 0; v < kVectors; ++v) sum[r][v].store(out + r * out_stride + v * Vector::kLanes);
   }
 }
 
-// weighted_sum() over `width` channels, a multiple of the lanes.
+// weighted_sum() over `width` channels, a multiple of the lanes, of the rows `keys` of y.
 template <int kRows, typename A, typename S>
 inline void weighted_sums(const A* weights, int64_t weights_stride, const S* y, int64_t y_stride,
                           const int64_t* keys, const Range* first_run, const Range* last_run,
-                          int64_t width, A* out, int64_t out_stride, A* sums) {
+                          int64_t width, A* out, int64_t out_stride) {
   for_each_part<A>(width, [&](int64_t c, auto vectors) {
     weighted_sum<kRows, decltype(vectors)::value>(weights, weights_stride, y + c, y_stride, keys,
-                                                  first_run, last_run, out + c, out_stride, sums);
+                                                  first_run, last_run, out + c, out_stride);
   });
 }
 
+// The same of rows that pack_panels() has packed.
+template <int kRows, typename A>
+inline void weighted_panels(const A* weights, int64_t weights_stride, const A* panels,
+                            int64_t num_rows, const Range* first_run, const Range* last_run,
+                            int64_t width, A* out, int64_t out_stride) {
+  for_each_part<A>(width, [&](int64_t c, auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    const int64_t* in_order = nullptr;
+    weighted_sum<kRows, kVectors>(weights, weights_stride, panels + c * num_rows,
+                                  kVectors * Simd<A>::kLanes, in_order, first_run, last_run,
+                                  out + c, out_stride);
+  });
+}
+
+// Lanes of ones, then of zeros.
+template <typename A>
+struct Keep {
+  A lane[2 * Simd<A>::kLanes];
+
+  constexpr Keep() : lane() {
+    for (int i = 0; i < Simd<A>::kLanes; ++i) lane[i] = 1;
+  }
+};
+template <typename A>
+constexpr Keep<A> kKeep;
+
+// The sum of x over ranges. Lanes are counted from where a range begins, so that the order of the
+// sum is that of the ranges alone, wherever they lie. What follows a range in its last vector must
+// be finite.
+template <int kCapacity, typename A>
+inline A sum_ranges(const Ranges<kCapacity>& ranges, const A* x) {
+  using Vector = Simd<A>;
+  Vector sum = Vector::broadcast(0);
+  for (const Range& range : ranges) {
+    int64_t j = range.begin;
+    for (; j + Vector::kLanes <= range.end; j += Vector::kLanes) {
+      sum = add(sum, Vector::load(x + j));
+    }
+    const Vector keep = Vector::load(kKeep<A>.lane + Vector::kLanes - (range.end - j));
+    if (j < range.end) sum = multiply_add(Vector::load(x + j), keep, sum);
+  }
+  return reduce_add(sum);
+}
+
 // out[r][c] += sum_i weights[i][r] y[i][c] over the rows i of `runs`, for kRows neighbouring
-// columns of the weights and kVectors vectors of channels, which begin at channel `first`.
+// columns of the weights and kVectors vectors of channels.
 template <int kRows, int kVectors, typename A>
 inline void add_weighted_rows(const A* weights, int64_t weights_stride, const A* y,
                               int64_t y_stride, const Range* first_run, const Range* last_run,
-                              int64_t first, A* const* out) {
+                              A* out, int64_t out_stride) {
   using Vector = Simd<A>;
   Vector sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = Vector::load(out[r] + first + v * Vector::kLanes);
+      sum[r][v] = Vector::load(out + r * out_stride + v * Vector::kLanes);
     }
   }
   for (const Range* run = first_run; run != last_run; ++run) {
     for (int64_t i = run->begin; i < run->end; ++i) {
       Vector value[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        value[v] = Vector::load(y + i * y_stride + first + v * Vector::kLanes);
+        value[v] = Vector::load(y + i * y_stride + v * Vector::kLanes);
       }
       for (int r = 0; r < kRows; ++r) {
         const Vector weight = Vector::broadcast(weights[i * weights_stride + r]);
@@ -252,7 +316,7 @@ inline void add_weighted_rows(const A* weights, int64_t weights_stride, const A*
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) sum[r][v].store(out[r] + first + v * Vector::kLanes);
+    for (int v = 0; v < kVectors; ++v) sum[r][v].store(out + r * out_stride + v * Vector::kLanes);
   }
 }
 
