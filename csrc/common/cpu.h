@@ -24,6 +24,8 @@ void set_isa(const std::string& name);
 }  // namespace pynar
 
 // Declares a kernel that each instruction set defines in its own namespace, see csrc/README.md.
+// avx512_vnni is compiled for those alone that PYNAR_SELECT_DOT_KERNEL chooses: the ones that have
+// use for dot products of bf16 or bytes.
 #if defined(__x86_64__)
 #define PYNAR_DECLARE_KERNEL(declaration) \
   namespace generic {                     \
@@ -38,15 +40,17 @@ void set_isa(const std::string& name);
   namespace avx512_vnni {                 \
   declaration;                            \
   }
-#define PYNAR_SELECT_KERNEL(name)                                  \
-  (::pynar::isa() == ::pynar::Isa::kAvx512Vnni ? avx512_vnni::name \
-   : ::pynar::isa() == ::pynar::Isa::kAvx512   ? avx512::name      \
-   : ::pynar::isa() == ::pynar::Isa::kAvx2     ? avx2::name        \
-                                               : generic::name)
+#define PYNAR_SELECT_KERNEL(name)                         \
+  (::pynar::isa() >= ::pynar::Isa::kAvx512 ? avx512::name \
+   : ::pynar::isa() == ::pynar::Isa::kAvx2 ? avx2::name   \
+                                           : generic::name)
+#define PYNAR_SELECT_DOT_KERNEL(name) \
+  (::pynar::isa() == ::pynar::Isa::kAvx512Vnni ? avx512_vnni::name : PYNAR_SELECT_KERNEL(name))
 #else
 #define PYNAR_DECLARE_KERNEL(declaration) \
   namespace generic {                     \
   declaration;                            \
   }
 #define PYNAR_SELECT_KERNEL(name) (generic::name)
+#define PYNAR_SELECT_DOT_KERNEL(name) (generic::name)
 #endif

@@ -262,9 +262,9 @@ void linear_argmax_cpu(const Tensor& x, const Weight& weight, const float* bias,
   const int64_t size = std::min(k, kSegment);
   const auto sums = std::make_unique_for_overwrite<ArgmaxSum[]>(rows * segments);
   const auto candidates = std::make_unique_for_overwrite<ArgmaxCandidate[]>(rows * segments * size);
-  const auto convert = PYNAR_SELECT_KERNEL(convert_rows<T>);
-  const auto packed_kernel = PYNAR_SELECT_KERNEL(argmax_panel);
-  const auto rows_kernel = PYNAR_SELECT_KERNEL(argmax_rows<T>);
+  const auto convert = PYNAR_SELECT_DOT_KERNEL(convert_rows<T>);
+  const auto packed_kernel = PYNAR_SELECT_DOT_KERNEL(argmax_panel);
+  const auto rows_kernel = PYNAR_SELECT_DOT_KERNEL(argmax_rows<T>);
   const int64_t work = rows * panels * weight.steps;
 
   parallel_phases(

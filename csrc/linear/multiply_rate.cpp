@@ -60,7 +60,7 @@ double multiply_in_cache(int64_t format, int64_t repeats) {
   if (format < 0 || format > static_cast<int64_t>(WeightFormat::kInt8)) {
     Check("multiply_in_cache").fail("format", "be in [0, 2]", std::to_string(format));
   }
-  const auto multiply = PYNAR_SELECT_KERNEL(multiply_cached);
+  const auto multiply = PYNAR_SELECT_DOT_KERNEL(multiply_cached);
   // Zeros: neither overflow nor numbers too small for the format slow them down.
   alignas(64) const uint32_t x[kBlockRows * kCachedSteps] = {};
   alignas(64) const uint32_t words[kCachedSteps * kPanel] = {};

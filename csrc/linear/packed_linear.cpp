@@ -289,9 +289,9 @@ void packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   p.activation = static_cast<Activation>(activation);
   if (rows == 0 || columns == 0) return;
 
-  const auto convert = PYNAR_SELECT_KERNEL(convert_rows<float>);
-  const auto multiply = PYNAR_SELECT_KERNEL(packed_linear_panel);
-  const auto normalise = PYNAR_SELECT_KERNEL(normalise_rows);
+  const auto convert = PYNAR_SELECT_DOT_KERNEL(convert_rows<float>);
+  const auto multiply = PYNAR_SELECT_DOT_KERNEL(packed_linear_panel);
+  const auto normalise = PYNAR_SELECT_DOT_KERNEL(normalise_rows);
   const float* data = x.data<float>();
   const bool as_it_is = p.format == WeightFormat::kFloat32 && input_eps < 0;
   const InputWords words(as_it_is ? 0 : rows, p.steps, p.format);

@@ -17,6 +17,7 @@ from pynar.models.cmlm import CMLM, CMLMConfig
 from pynar.nn.attention import padding_mask
 from pynar.nn.transformer import DecoderCache, Memory
 from pynar.nn.two_stream import PackedRows, TwoStreams, ar_rows, pack, two_streams
+from pynar.ops import divergence_cross_entropy
 from pynar.symbols import BOS, EOS, MASK, PAD
 
 __all__ = ["JANUS", "JANUSConfig", "JANUSExample", "span_masking"]
@@ -332,23 +333,3 @@ class JANUS(CMLM):
     def fill(self, states: Tensor) -> tuple[Tensor, Tensor]:
         tokens, log_probs, _ = self.best(states, exclusion=self.parallel_exclusion)
         return tokens, log_probs
-
-
-def divergence_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    pairs: Sequence[tuple[int, int]] = (),
-    *,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropies `[C, N]` of `logits: [C, N, V]`, and divergences `[P, N]` of `pairs`."""
-    log_probs = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-    nll = -log_probs.gather(-1, targets.expand(len(logits), -1)[..., None])[..., 0]
-    entropies = nll
-    if label_smoothing:
-        entropies = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(-1)
-    if not pairs:
-        return entropies, nll.new_zeros(0, len(targets))
-    heads, probs = log_probs.unbind(), log_probs.exp().unbind()
-    divergences = [0.5 * ((probs[p] - probs[q]) * (heads[p] - heads[q])).sum(-1) for p, q in pairs]
-    return entropies, torch.stack(divergences)
