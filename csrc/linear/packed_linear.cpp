@@ -301,10 +301,10 @@ void packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
                : words.rows();
   const int64_t chunks = div_up(rows, kChunkRows);
   const int64_t tasks = packed.panels * chunks;
-  // Below some tens of microseconds a second thread comes too late.
+  // Below some twenty microseconds a second thread comes too late.
   const int64_t work = rows * packed.panels * p.steps;
   parallel_phases(
-      work < (1 << 14) ? 1 : tasks,
+      work < (1 << 13) ? 1 : tasks,
       [&](const Part& part) {
         if (!as_it_is) {
           const auto [first, last] = part.of(rows);
