@@ -33,7 +33,10 @@ _CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Sizes and habits of a Transformer; the defaults are the base size of Zhou et al. 2020."""
+    """Sizes and habits of a Transformer; the defaults are the base size of Zhou et al. 2020.
+
+    `embedding_scale` and `embedding_norm` are BART's differences (Lewis et al. 2020).
+    """
 
     source_vocabulary: int
     target_vocabulary: int
