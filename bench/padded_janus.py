@@ -127,7 +127,7 @@ def decode(
     def embed(tokens: Tensor, positions: Tensor) -> Tensor:
         embedding = model.target_embedding
         table = embedding.positions(0, streams.content.shape[1])
-        return model.dropout(embedding.embed(tokens) + table[positions])
+        return model.dropout(embedding.norm(embedding.embed(tokens) + table[positions]))
 
     content = embed(streams.content, streams.content_positions)
     masks = torch.full_like(streams.query_positions, MASK)

@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", required=True, help=f"{', '.join(recipe_names())}, or a file")
     parser.add_argument("--data", required=True, help="directory written by `pynar prepare`")
     parser.add_argument("--output", required=True, help="directory of the run")
-    parser.add_argument("--init-from", help="checkpoint to begin with, where weights agree")
+    parser.add_argument(
+        "--init-from", help="checkpoint to begin with, where weights agree; also one of BART"
+    )
     parser.add_argument("--resume", choices=("auto", "never", "always"), default="auto")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change the recipe"

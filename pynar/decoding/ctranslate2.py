@@ -128,6 +128,7 @@ def _spec(model: AutoregressiveTransformer) -> Any:
         config.heads,
         pre_norm=config.norm == "pre",
         activation=activations[config.activation],
+        layernorm_embedding=config.embedding_norm,
     )
     spec.config.add_source_eos = True
     _set_embedding(spec.encoder.embeddings[0], spec.encoder, model.source_embedding)
@@ -136,6 +137,7 @@ def _spec(model: AutoregressiveTransformer) -> Any:
     spec.decoder.projection.bias = torch.zeros(config.target_vocabulary)
     spec.decoder.projection.bias[list(model.banned)] = NEVER
     for stack, ours in ((spec.encoder, model.encoder), (spec.decoder, model.decoder)):
+        stack.scale_embeddings = config.embedding_scale
         if config.norm == "pre":
             _set_norm(stack.layer_norm, ours.norm)
         for target, layer in zip(stack.layer, ours.layers, strict=True):
@@ -174,6 +176,8 @@ def _set_norm(spec: Any, norm: Any) -> None:
 def _set_embedding(spec: Any, stack: Any, embedding: Embedding) -> None:
     spec.weight = _copy(embedding.tokens.weight)
     stack.position_encodings.encodings = _copy(_positions(embedding))
+    if isinstance(embedding.norm, nn.LayerNorm):
+        _set_norm(stack.layernorm_embedding, embedding.norm)
 
 
 def _positions(embedding: Embedding) -> Tensor:

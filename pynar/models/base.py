@@ -33,7 +33,10 @@ _CHOICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Sizes and habits of a Transformer; the defaults are the base size of Zhou et al. 2020."""
+    """Sizes and habits of a Transformer; the defaults are the base size of Zhou et al. 2020.
+
+    `embedding_scale` and `embedding_norm` are BART's differences (Lewis et al. 2020).
+    """
 
     source_vocabulary: int
     target_vocabulary: int
@@ -47,6 +50,8 @@ class TransformerConfig:
     norm: str = "post"
     positions: str = "sinusoidal"
     max_length: int = 1024
+    embedding_scale: bool = True  # token embeddings times sqrt(dim)
+    embedding_norm: bool = False  # layer normalisation of tokens plus positions
     activation: str = "relu"
     init: str = "xavier"
     label_smoothing: float = 0.1
@@ -110,9 +115,14 @@ class TranslationModel(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        positions: dict[str, Any] = {"positions": config.positions, "max_length": config.max_length}
-        self.source_embedding = Embedding(config.source_vocabulary, config.dim, **positions)
-        self.target_embedding = Embedding(config.target_vocabulary, config.dim, **positions)
+        inputs: dict[str, Any] = {
+            "positions": config.positions,
+            "max_length": config.max_length,
+            "scale": config.embedding_scale,
+            "norm": config.embedding_norm,
+        }
+        self.source_embedding = Embedding(config.source_vocabulary, config.dim, **inputs)
+        self.target_embedding = Embedding(config.target_vocabulary, config.dim, **inputs)
         if config.share_embeddings:
             self.target_embedding.tokens = self.source_embedding.tokens
         sizes = (config.dim, config.ffn_dim, config.heads)
@@ -127,7 +137,7 @@ class TranslationModel(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("exclusion", self._exclude(self.banned), persistent=False)
         self.apply(self._initialise)
-        if config.init == "xavier":
+        if config.init == "xavier" and config.embedding_scale:
             # Beside scaled token embeddings of unit variance, smaller positions go unheard.
             for embedding in (self.source_embedding, self.target_embedding):
                 if embedding.learned is not None:
@@ -168,7 +178,8 @@ class TranslationModel(nn.Module):
         """Encodes `source: [B, S]`, EOS included, and projects it for every decoder layer."""
         embedded = self.source_embedding.embed(source)
         positions = self.source_embedding.positions(0, source.shape[1])
-        states = self.encoder(self.dropout(embedded + positions), lengths)
+        x = self.source_embedding.norm(embedded + positions)
+        states = self.encoder(self.dropout(x), lengths)
         return self.decoder.remember(states, embedded, lengths)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -243,7 +254,7 @@ class TranslationModel(nn.Module):
     def embed_rows(self, embedding: Embedding, rows: PackedRows) -> Tensor:
         """Tokens and positions of packed rows, `[N, C]`, dropped out."""
         positions = F.embedding(rows.positions, embedding.positions(0, rows.width))
-        return self.dropout(embedding.embed(rows.tokens) + positions)
+        return self.dropout(embedding.norm(embedding.embed(rows.tokens) + positions))
 
     def encode_rows(self, source: PackedRows) -> Tensor:
         """Encodes sources without padding, `[N, C]`; `encode` is for those who need a `Memory`."""

@@ -316,7 +316,7 @@ class JANUS(CMLM):
         pair = torch.stack([tokens, torch.full_like(tokens, MASK)], 1)
         at = cache.position
         x = self.target_embedding.embed(pair) + self.target_embedding.positions(at, at + 1)
-        return self.decoder.step(x, memory, cache)[:, 0]
+        return self.decoder.step(self.target_embedding.norm(x), memory, cache)[:, 0]
 
     def decode(
         self, tokens: Tensor, lengths: Tensor, memory: Memory, wanted: Tensor | None = None

@@ -68,5 +68,5 @@ class VanillaNAT(CMLM):
         index = uniform_copy(source_lengths, lengths, tokens.shape[1])
         sentence = torch.arange(len(memory.lengths), device=tokens.device)
         copied = memory.embedded[sentence.repeat_interleave(rows)[:, None], index]
-        x = copied + self.target_embedding.positions(0, tokens.shape[1])
+        x = self.target_embedding.norm(copied + self.target_embedding.positions(0, tokens.shape[1]))
         return self.decoder(self.dropout(x), memory, lengths, wanted)

@@ -28,18 +28,30 @@ class Embedding(nn.Module):
     """Token embeddings scaled by sqrt(C), and positions; dropout belongs to the caller.
 
     Learned positions end at `max_length`; sinusoids are made as long as a sentence asks for.
+    Without `scale` token embeddings stay as they are; `norm` is the layer normalisation of the
+    sum, or the identity (BART has one).
     """
 
     table: Tensor
 
-    def __init__(self, vocabulary: int, dim: int, *, positions: str, max_length: int) -> None:
+    def __init__(
+        self,
+        vocabulary: int,
+        dim: int,
+        *,
+        positions: str,
+        max_length: int,
+        scale: bool = True,
+        norm: bool = False,
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, dim, padding_idx=PAD)
-        self.scale = math.sqrt(dim)
+        self.scale = math.sqrt(dim) if scale else 1.0
         self.max_length = max_length
         self.learned = nn.Embedding(max_length, dim) if positions == "learned" else None
         table = None if self.learned is not None else sinusoids(max_length, dim)
         self.register_buffer("table", table, persistent=False)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
     def positions(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of the position table, `[stop - start, C]`."""
@@ -58,8 +70,8 @@ class Embedding(nn.Module):
         return self.table[start:stop]
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Scaled embeddings without positions, `[..., T] -> [..., T, C]`."""
+        """Scaled embeddings without positions or norm, `[..., T] -> [..., T, C]`."""
         return self.tokens(tokens) * self.scale
 
     def forward(self, tokens: Tensor, start: int = 0) -> Tensor:
-        return self.embed(tokens) + self.positions(start, start + tokens.shape[-1])
+        return self.norm(self.embed(tokens) + self.positions(start, start + tokens.shape[-1]))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from pynar import checkpoint
+from pynar.models import TranslationModel, bart
 
 __all__ = ["Initialised", "initialise"]
 
@@ -35,19 +37,27 @@ class Initialised:
 def initialise(model: nn.Module, directory: str | os.PathLike[str]) -> Initialised:
     """Copies the weights of a checkpoint into those of `model` with the same name and shape.
 
-    So a non-autoregressive student takes encoder, decoder and embeddings of its teacher.
+    So a non-autoregressive student takes encoder, decoder and embeddings of its teacher. Of a
+    BART checkpoint, written by transformers, all but the token embeddings can be taken: they are
+    those of another vocabulary.
 
     Raises:
-        ValueError: not a single weight fits.
+        ValueError: not a single weight fits, or the model would make something else of BART's.
         CheckpointError: the checkpoint is damaged.
     """
-    theirs: Mapping[str, Tensor] = checkpoint.load_weights(directory)
+    theirs: Mapping[str, Tensor]
+    foreign = bart.is_transformers_directory(directory)
+    if foreign:
+        theirs = bart.body_weights(directory, cast(TranslationModel, model).config)
+    else:
+        theirs = checkpoint.load_weights(directory)
     taken: list[str] = []
     kept: dict[str, str] = {}
     with torch.no_grad():
         for name, weight in checkpoint.unique_tensors(model).items():
             if name not in theirs:
-                kept[name] = "not there"
+                other = foreign and name.endswith("_embedding.tokens.weight")
+                kept[name] = "of another vocabulary" if other else "not there"
             elif theirs[name].shape != weight.shape:
                 kept[name] = f"shape {list(theirs[name].shape)}, not {list(weight.shape)}"
             else:

@@ -82,6 +82,13 @@ def next_log_probs(model: AutoregressiveTransformer, source: Tensor, prefix: tup
     return logits.log_softmax(0).tolist()
 
 
+BART = {
+    "norm": "post",
+    "positions": "learned",
+    "activation": "gelu",
+    "embedding_norm": True,
+    "embedding_scale": False,
+}
 # Everything that decodes, by name: the model, its changes, and the strategy.
 SYSTEMS: dict[str, tuple[str, dict[str, Any], Strategy]] = {
     "greedy": ("autoregressive", {}, Greedy(max_ratio=1.0, max_extra=1)),
@@ -93,6 +100,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any], Strategy]] = {
         {"norm": "post"},
         BeamSearch(beam=3, n_best=2, length_penalty=0.6, early_stop=False, max_extra=2),
     ),
+    "beam-bart": ("autoregressive", BART, BeamSearch(beam=3, n_best=2, max_extra=2)),
     "sampling": ("autoregressive", {}, Sampling(seed=3, max_extra=2)),
     "sampling-3": ("autoregressive", {}, Sampling(samples=3, top_k=4, temperature=1.5)),
     "cmlm": ("cmlm", {}, MaskPredict(iterations=4, length_candidates=3, n_best=2)),
@@ -103,6 +111,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any], Strategy]] = {
         MaskPredict(iterations=3, length_candidates=7, n_best=7),
     ),
     "nat-copy": ("nat", {}, MaskPredict(iterations=1, length_candidates=2)),
+    "nat-copy-bart": ("nat", BART, MaskPredict(iterations=1, length_candidates=2)),
     "nat-mask": ("nat", {"decoder_input": "mask"}, MaskPredict(iterations=1)),
     "janus-greedy": ("janus", {}, Greedy(max_extra=2)),
     "janus-beam": (
@@ -119,6 +128,8 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any], Strategy]] = {
         {"norm": "post", "positions": "learned"},
         MaskPredict(iterations=3, length_candidates=3),
     ),
+    "janus-greedy-bart": ("janus", BART, Greedy(max_extra=2)),
+    "janus-cmlm-bart": ("janus", BART, MaskPredict(iterations=3, length_candidates=3)),
 }
 LENGTHS = [4, 1, 9, 2, 4, 7]
 

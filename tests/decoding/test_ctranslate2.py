@@ -30,6 +30,8 @@ CONFIGURATIONS = {
     "post-norm": {"norm": "post"},
     "gelu": {"activation": "gelu"},
     "learned": {"positions": "learned", "norm": "post", "activation": "gelu", "max_length": 40},
+    "unscaled": {"embedding_scale": False, "positions": "learned"},
+    "embedding-norm": {"embedding_norm": True, "norm": "post", "positions": "learned"},
     "separate": {"share_embeddings": False},
     "deep-shallow": {"encoder_layers": 4, "decoder_layers": 1},
     "odd": {"dim": 15, "heads": 3, "ffn_dim": 21},

@@ -29,6 +29,16 @@ def test_tokens_are_scaled_and_positions_added() -> None:
     torch.testing.assert_close(layer.embed(tokens), 4 * layer.tokens.weight[tokens])
 
 
+def test_the_sum_is_normalised_and_the_scale_left_out_where_asked() -> None:
+    layer = Embedding(9, 16, positions="learned", max_length=32, scale=False, norm=True)
+    torch.nn.init.normal_(layer.norm.weight)
+    tokens = torch.randint(0, 9, (2, 7))
+    assert torch.equal(layer.embed(tokens), layer.tokens.weight[tokens])
+    x = layer.tokens.weight[tokens] + layer.learned.weight[5:12]
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(layer(tokens, start=5), x * layer.norm.weight + layer.norm.bias)
+
+
 def test_padding_embeds_to_nothing_and_learns_nothing() -> None:
     layer = Embedding(9, 8, positions="learned", max_length=4)
     layer.embed(torch.tensor([[5, PAD]])).sum().backward()
