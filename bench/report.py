@@ -84,7 +84,9 @@ def main() -> None:
             gflops = f"{flops / 1e9:.0f}" if flops else "-"
             ratio = f"{baseline / row['median']:.2f}" if baseline else "-"
             line = f"  {row['implementation']:24} " + " ".join(f"{time:>12}" for time in times)
-            print(f"{line} {ratio:>9} {rate / 1e9:>7.1f} {gflops:>8} {reached:>10.0%}")
+            line = f"{line} {ratio:>9} {rate / 1e9:>7.1f} {gflops:>8} {reached:>10.0%}"
+            peak = row.get("peak_bytes")
+            print(line if peak is None else f"{line}  {peak / 1e6:,.0f} MB at most")
     if options.save:
         options.save.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

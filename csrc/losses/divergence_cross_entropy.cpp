@@ -91,8 +91,10 @@ class Row {
       }
       for (int p = 0; p < kHeads; ++p) {
         for (int q = p + 1; q < kHeads; ++q) {
-          moment[p][q] = multiply_add(e[p], sub(d[p], d[q]), moment[p][q]);
-          moment[q][p] = multiply_add(e[q], sub(d[q], d[p]), moment[q][p]);
+          // The second one is what it is called but for its sign.
+          const Vector difference = sub(d[p], d[q]);
+          moment[p][q] = multiply_add(e[p], difference, moment[p][q]);
+          moment[q][p] = multiply_add(e[q], difference, moment[q][p]);
         }
       }
     }
@@ -104,7 +106,7 @@ class Row {
       if (sums_.max[h] > sums_.lowest() || block_sum != block_sum) sums_.sum[h] += block_sum;
       sums_.total[h] += reduce_add(total[h]);
       for (int g = 0; g < kHeads; ++g) {
-        block[h][g] = reduce_add(moment[h][g]);
+        block[h][g] = h < g ? reduce_add(moment[h][g]) : -reduce_add(moment[h][g]);
         finite = finite && block[h][g] - block[h][g] == 0;
       }
     }

@@ -82,8 +82,10 @@ class Row {
       for (int h = 0; h < kHeads; ++h) {
         for (int g = h + 1; g < kHeads; ++g) {
           const Vector w = Vector::broadcast(row_.weight[h][g]);
-          factor[h] = multiply_add(w, sub(log_prob[h], log_prob[g]), factor[h]);
-          factor[g] = multiply_add(w, sub(log_prob[g], log_prob[h]), factor[g]);
+          const Vector minus_w = Vector::broadcast(-row_.weight[h][g]);
+          const Vector difference = sub(log_prob[h], log_prob[g]);
+          factor[h] = multiply_add(w, difference, factor[h]);
+          factor[g] = multiply_add(minus_w, difference, factor[g]);
           rest[h] = multiply_add(w, prob[g], rest[h]);
           rest[g] = multiply_add(w, prob[h], rest[g]);
         }
