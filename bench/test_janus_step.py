@@ -18,9 +18,9 @@ from bench.conftest import Case
 from bench.padded_janus import autoregressive_streams, auxiliary_streams, losses
 from pynar.data.batching import Batch, collate
 from pynar.models import JANUS, AutoregressiveTransformer, build
-from pynar.models.janus import JANUSExample, divergence_cross_entropy
+from pynar.models.janus import JANUSExample
 from pynar.nn.two_stream import PackedRows
-from pynar.ops import interval_mask
+from pynar.ops import divergence_cross_entropy, interval_mask
 from pynar.symbols import NUM_SPECIAL
 
 DIM, HIDDEN, LAYERS, VOCABULARY = 512, 2048, 6, 32000

@@ -48,13 +48,13 @@ class MaskPredict:
     max_ratio: float = 2.0
     max_extra: int = 10
     graphs: bool = True
-    block: int | None = None
+    block: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "length_candidates", "n_best", "block"):
-            if (value := getattr(self, name)) is not None and value < 1:
+        for name in ("iterations", "length_candidates", "n_best"):
+            if (value := getattr(self, name)) < 1:
                 raise ValueError(f"MaskPredict: `{name}` must be positive, got {value}")
-        for name in ("length_prior", "max_ratio", "max_extra"):
+        for name in ("length_prior", "max_ratio", "max_extra", "block"):
             if not (amount := getattr(self, name)) >= 0:
                 raise ValueError(f"MaskPredict: `{name}` must not be negative, got {amount}")
         if self.n_best > self.length_candidates:
@@ -170,7 +170,7 @@ class MaskPredict:
         scores = torch.zeros(tokens.shape, device=source.device)
         trace = []
         passes = torch.zeros_like(source_lengths)
-        iterations = self.iterations if self.block is None else -(-width // self.block)
+        iterations = -(-width // self.block) if self.block else self.iterations
         for iteration in range(1, iterations + 1):
             open_ = (tokens == MASK).unflatten(0, (sentences, candidates)).flatten(1).any(1)
             passes += open_
@@ -179,7 +179,7 @@ class MaskPredict:
             tokens, scores = fill(model, tokens, scores, lengths, memory, chosen)
             if self.trace:
                 trace.append(tokens)
-            if iteration < iterations and self.block is not None:
+            if iteration < iterations and self.block:
                 later = torch.arange(width, device=source.device) >= iteration * self.block
                 tokens = tokens.masked_fill(later & live, MASK)
             elif iteration < iterations:
