@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,13 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 @pytest.fixture(scope="session")
-def compile_on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Compiles `tests/cuda_on_host/<name>.cpp` with the sanitizers; returns the program."""
+def compile_on_host(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Path]]:
+    """Compiles `tests/cuda_on_host/<name>.cpp` with the sanitizers; returns the program.
+
+    What the chosen tests will need is compiled side by side, from the first of them on.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
@@ -26,14 +33,29 @@ def compile_on_host(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
     if subprocess.run(probe, capture_output=True).returncode != 0:
         pytest.skip("g++ has no AddressSanitizer runtime here")
 
-    def build(name: str) -> Path:
+    def compile_one(name: str) -> Path:
         program = folder / name
-        if not program.exists():
-            includes = [f"-I{CSRC}", f"-I{HERE}"]
-            source = str(HERE / f"{name}.cpp")
-            command = [compiler, *FLAGS, *SANITIZERS, *includes, source, "-o", str(program)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+        includes = [f"-I{CSRC}", f"-I{HERE}"]
+        source = str(HERE / f"{name}.cpp")
+        command = [compiler, *FLAGS, *SANITIZERS, *includes, source, "-o", str(program)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
         return program
 
-    return build
+    paths = dict.fromkeys(item.path for item in request.session.items if item.path.parent == HERE)
+    names = [path.stem.removeprefix("test_") for path in paths]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = {
+            name: pool.submit(compile_one, name)
+            for name in names
+            if (HERE / f"{name}.cpp").exists()
+        }
+
+        def build(name: str) -> Path:
+            if name not in programs:
+                programs[name] = pool.submit(compile_one, name)
+            return programs[name].result()
+
+        yield build
+        for program in programs.values():
+            program.cancel()
