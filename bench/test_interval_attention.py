@@ -1,8 +1,14 @@
 """`interval_attention` against SDPA with the mask as a matrix, and FlexAttention.
 
 Ours is packed: the sentences of a batch follow each other without padding. The peers get what they
-can take, a padded batch. Sentences are of L/2 to L tokens, and patterns those of decoding and of
-two-stream training; every case holds the same sentences for all.
+can take, a padded batch. Every case holds the same sentences for all.
+
+The patterns of decoding have sentences of L/2 to L tokens, and masks and intervals from before. In
+two-stream training every batch has masks of its own, and making them is part of what is timed
+(except in "masks kept"): for JANUS's content and query stream, b tokens of each sentence masked by
+spans, ours takes one call with intervals made from n and b, SDPA a boolean mask and a call for each
+stream, FlexAttention a BlockMask and a compiled call for each. Sentences are all of L tokens, or of
+L/2 to L ("ragged").
 """
 
 from __future__ import annotations
@@ -21,8 +27,7 @@ from pynar import ops, reference
 HEADS, DIM = 8, 64
 SHAPES = {"cpu": [(1, 32), (32, 64), (32, 128)], "cuda": [(1, 32), (32, 128), (128, 128)]}
 GRID = pytest.mark.grid
-PATTERNS = ["bidirectional", "causal", "aux_content"]
-MASKED = 0.57  # of a sentence's positions; the mean of JANUS's span masking
+PATTERNS = ["bidirectional", "causal"]
 
 
 class Batch:
@@ -33,12 +38,7 @@ class Batch:
         self.lengths = torch.randint(longest // 2, longest + 1, (batch,), generator=generator)
         self.lengths[0] = longest
         rows = self.lengths
-        if pattern == "aux_content":
-            masked = (self.lengths * MASKED).long()
-            rows = self.lengths + masked
-            width = int(rows.max())
-            self.padded = ops.two_stream_intervals(self.lengths, masked, pattern, width=width)
-        elif pattern == "causal":
+        if pattern == "causal":
             self.padded = ops.causal_intervals(self.lengths, longest)
         else:
             self.padded = ops.padding_intervals(self.lengths, longest)
@@ -123,7 +123,7 @@ IMPLEMENTATIONS = ["pynar", "pynar padded", "reference", "sdpa, mask", "flex"]
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=GRID)], ids=str
 )
 @pytest.mark.parametrize(
-    "pattern", [pytest.param(p, marks=() if p == "aux_content" else GRID) for p in PATTERNS]
+    "pattern", [pytest.param(p, marks=() if p == "bidirectional" else GRID) for p in PATTERNS]
 )
 @pytest.mark.parametrize(
     "shape",
@@ -179,3 +179,228 @@ def test_interval_attention(
         graph=direction == "forward",
     )
     run_case(case, implementation, run(attend))
+
+
+def count_masked(lengths: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws how many tokens JANUS's span masking masks in each sentence, `[B]`.
+
+    Spans of Poisson(2) tokens until they sum up to 0.7 n, at random positions; they overlap, one
+    that would leave the sentence is cut to a token, and its ends stay (Liang et al. 2022, code).
+    """
+    k = torch.arange(15.0)
+    table = torch.exp(k * torch.log(torch.tensor(2.0)) - 2 - torch.lgamma(k + 1))
+    counts = []
+    for n in lengths.tolist():
+        budget = -(-7 * n // 10)
+        spans = torch.multinomial(table, 8 * budget, replacement=True, generator=generator)
+        total = spans.cumsum(0)
+        spans = (spans - (total - budget).clamp(min=0)).clamp(min=0)[
+            : int((total < budget).sum()) + 1
+        ]
+        hit = torch.zeros(n, dtype=torch.bool)
+        for first, size in zip(
+            torch.randperm(n, generator=generator).tolist(), spans, strict=False
+        ):
+            hit[first : first + (int(size) if first + size <= n else 1)] = True
+        hit[[0, -1]] = False
+        counts.append(int(hit.sum()))
+    return torch.tensor(counts)
+
+
+class Streams:
+    """A batch of the content and query stream of JANUS, packed and padded."""
+
+    def __init__(self, batch: int, longest: int, ragged: bool, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.full((batch,), longest)
+        if ragged:
+            lengths = torch.randint(longest // 2, longest + 1, (batch,), generator=generator)
+            lengths[0] = longest
+        masked = count_masked(lengths, generator)
+        self.content_width, self.query_width = int((lengths + masked).max()), int(masked.max())
+        self.lengths, self.masked = lengths.to(device), masked.to(device)
+        content = torch.arange(self.content_width) < (lengths + masked)[:, None]
+        query = torch.arange(self.query_width) < masked[:, None]
+        self.content, self.query = content.to(device), query.to(device)
+
+    def intervals(self) -> tuple[Tensor, Tensor]:
+        n, b = self.lengths, self.masked
+        return (
+            ops.two_stream_intervals(n, b, "aux_content", width=self.content_width),
+            ops.two_stream_intervals(n, b, "aux_query", width=self.query_width),
+        )
+
+    def packed_intervals(self) -> Tensor:
+        rows = self.lengths + self.masked
+        first = (rows.cumsum(0) - rows).int()[:, None, None, None]
+        content, query = self.intervals()
+        return torch.cat([(content + first)[self.content], (query + first)[self.query]])
+
+    def pad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`[N, H, D] -> [B, H, T, D]` for each stream."""
+        count = int(self.content.sum())
+        return _pad(x[:count], self.content), _pad(x[count:], self.query)
+
+    def pack(self, content: Tensor, query: Tensor) -> Tensor:
+        return torch.cat([content.transpose(1, 2)[self.content], query.transpose(1, 2)[self.query]])
+
+
+def _pad(x: Tensor, live: Tensor) -> Tensor:
+    padded = x.new_zeros(*live.shape, *x.shape[1:])
+    padded[live] = x
+    return padded.transpose(1, 2).contiguous()
+
+
+# Attention of both streams, of padded tensors: content and query, keys, values.
+TwoStreams = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _streams_by_sdpa(streams: Streams) -> TwoStreams:
+    def attend(content: Tensor, query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        masks = (ops.interval_mask(x, streams.content_width)[:, None] for x in streams.intervals())
+        first, second = (
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            for q, mask in zip((content, query), masks, strict=True)
+        )
+        return first, second
+
+    return attend
+
+
+def _streams_by_flex(streams: Streams, keep: bool) -> TwoStreams:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    n, b = streams.lengths, streams.masked
+
+    def content_sees(s: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        given = n[s] - b[s]
+        true = (j < given) | ((j > i - b[s]) & (j <= i))
+        return torch.where(i < n[s], j < n[s], true & (i < n[s] + b[s]))
+
+    def query_sees(s: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        given = n[s] - b[s]
+        return ((j < given) | ((j >= given + i) & (j < n[s] + i))) & (i < b[s])
+
+    flex = compiled(flex_attention)
+    batch, width, device = len(n), streams.content_width, str(n.device)
+
+    # Not compiled: of PyTorch 2.13 the C++ compiler rejects what becomes of it on a CPU.
+    def make() -> tuple[Any, Any]:
+        return (
+            create_block_mask(content_sees, batch, None, width, width, device=device),
+            create_block_mask(query_sees, batch, None, streams.query_width, width, device=device),
+        )
+
+    kept = make()
+
+    def attend(content: Tensor, query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        masks = kept if keep else make()
+        first, second = (
+            flex(q, k, v, block_mask=mask) for q, mask in zip((content, query), masks, strict=True)
+        )
+        return first, second
+
+    return attend
+
+
+def _streams_by_definition(streams: Streams) -> TwoStreams:
+    def attend(content: Tensor, query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = []
+        for q, intervals in zip((content, query), streams.intervals(), strict=True):
+            mask = ops.interval_mask(intervals, k.shape[2])[:, None]
+            scores = (q @ k.transpose(-1, -2)) * DIM**-0.5
+            outputs.append(scores.masked_fill(~mask, -1e30).softmax(-1).masked_fill(~mask, 0) @ v)
+        return outputs[0], outputs[1]
+
+    return attend
+
+
+def _streams_by_us(streams: Streams, padded: bool) -> Callable[..., Any]:
+    if not padded:
+        return lambda q, k, v: ops.interval_attention(q, k, v, streams.packed_intervals())
+
+    def attend(content: Tensor, query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = (
+            ops.interval_attention(q, k, v, intervals)
+            for q, intervals in zip((content, query), streams.intervals(), strict=True)
+        )
+        return first, second  # type: ignore[return-value]
+
+    return attend
+
+
+def _gradients(attend: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """Runs forward and backward on inputs followed by the gradients of the outputs."""
+
+    def run(*arguments: Tensor) -> tuple[Tensor, ...]:
+        outputs = 1 if len(arguments) == 4 else 2
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in arguments[:-outputs]]
+            return torch.autograd.grad(attend(*inputs), inputs, arguments[-outputs:])
+
+    return run
+
+
+STREAM_IMPLEMENTATIONS = ["pynar", "pynar padded", "sdpa, masks", "flex", "flex, masks kept"]
+
+
+@pytest.mark.parametrize("implementation", STREAM_IMPLEMENTATIONS)
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=GRID)], ids=str
+)
+@pytest.mark.parametrize("ragged", [False, pytest.param(True, marks=GRID)], ids=["equal", "ragged"])
+@pytest.mark.parametrize("longest", [64, pytest.param(128, marks=GRID)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_streams(
+    run_case: Callable[[Case, str, Callable[..., Any]], None],
+    device: str,
+    longest: int,
+    ragged: bool,
+    dtype: torch.dtype,
+    direction: str,
+    implementation: str,
+) -> None:
+    if device == "cpu" and implementation.startswith("flex") and direction == "both":
+        pytest.skip("FlexAttention has no backward on CPU")
+    place = device_or_skip(device)
+    streams = Streams(32, longest, ragged, place)
+    generator = torch.Generator().manual_seed(1)
+    keys, rows = int(streams.content.sum()), int(streams.content.sum() + streams.query.sum())
+    q, k, v, grad_out = (
+        torch.randn(count, HEADS, DIM, generator=generator).to(place, dtype)
+        for count in (rows, keys, keys, rows)
+    )
+    padded = (*streams.pad(q), _pad(k, streams.content), _pad(v, streams.content))
+    both = direction == "both"
+    if both:
+        padded = (*padded, *streams.pad(grad_out))
+    wanted = _streams_by_definition(streams)
+    want = (_gradients(wanted) if both else wanted)(*(x.float() for x in padded))
+    arguments: tuple[Tensor, ...] = padded
+    if implementation == "pynar":
+        arguments = (q, k, v, grad_out) if both else (q, k, v)
+        first = streams.pack(want[0], want[1])
+        want = (first, *(x.transpose(1, 2)[streams.content] for x in want[2:]))
+    attend = {
+        "pynar": lambda: _streams_by_us(streams, padded=False),
+        "pynar padded": lambda: _streams_by_us(streams, padded=True),
+        "sdpa, masks": lambda: _streams_by_sdpa(streams),
+        "flex": lambda: _streams_by_flex(streams, keep=False),
+        "flex, masks kept": lambda: _streams_by_flex(streams, keep=True),
+    }[implementation]()
+    pairs = int(((streams.lengths + 2 * streams.masked) * streams.lengths).sum())
+    result = tuple(x.to(dtype) for x in want)
+    case = Case(
+        operator="interval_attention",
+        shape=f"B=32,L={longest},{'ragged ' if ragged else ''}two streams",
+        dtype=dtype,
+        device=place,
+        arguments=arguments,
+        reference=lambda *_: result if len(result) > 1 else result[0],
+        bytes_moved=sum(t.numel() * t.element_size() for t in (q, q, k, v)) * (2 if both else 1),
+        direction=direction,
+        flops=4 * pairs * HEADS * DIM * 7 // 2 if both else 4 * pairs * HEADS * DIM,
+        graph=False,
+    )
+    run_case(case, implementation, _gradients(attend) if both else attend)

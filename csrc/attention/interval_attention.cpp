@@ -12,8 +12,9 @@ struct AttentionKeys {
   const T* k;  // of the sentence
   const T* v;
   int64_t k_stride, v_stride;
-  // From here on to the next head; 0 for the last one.
-  int64_t k_next, v_next;
+  // The same keys of what comes next, or about: the next head, or the next family's first one.
+  const T* next_k;
+  const T* next_v;
   int64_t dim;
   int64_t num_groups;
   const int64_t* keys;  // at each position
@@ -30,10 +31,12 @@ struct AttentionTile {
   const T* q;  // of the tile's first query
   T* out;
   A* lse;
-  int64_t q_stride, q_next, out_stride, lse_stride;
+  int64_t q_stride, out_stride, lse_stride;
   int64_t rows;
   const RowBlock* blocks;
   int64_t block_step;
+  const float* masks;
+  Range ahead;  // positions of what comes next to be read ahead of time meanwhile
   double scale;
 };
 
@@ -97,13 +100,15 @@ class Attend {
   }
 
   void pack() {
+    const auto rows = [&](const T* x, int64_t stride, int64_t g) {
+      return GroupRows<T>(x, stride, k_.keys + g * kKeyGroup);
+    };
     for (int64_t g = 0; g < k_.num_groups; ++g) {
-      const int64_t* keys = k_.keys + g * kKeyGroup;
-      prefetch(GroupRows<T>(k_.k + k_.k_next, k_.k_stride, keys), k_.dim);
-      prefetch(GroupRows<T>(k_.v + k_.v_next, k_.v_stride, keys), k_.dim);
+      const int64_t next = g + 1 < k_.num_groups ? g + 1 : g;
+      prefetch(rows(k_.k, k_.k_stride, next), k_.dim);
+      prefetch(rows(k_.v, k_.v_stride, next), k_.dim);
       if (k_.packed) {
-        pack_transposed(GroupRows<T>(k_.k, k_.k_stride, keys), k_.dim,
-                        packed_keys_ + g * k_.dim * kKeyGroup);
+        pack_transposed(rows(k_.k, k_.k_stride, g), k_.dim, packed_keys_ + g * k_.dim * kKeyGroup);
       }
       if (packs_values()) {
         pack_panels(k_.v, k_.v_stride, k_.keys, g * kKeyGroup, (g + 1) * kKeyGroup, positions_,
@@ -127,22 +132,38 @@ class Attend {
 
   template <int kRows>
   void run_block(const AttentionTile<T>& tile, const RowBlock& block, int64_t first) {
+    for (int r = 0; r < kRows; ++r) {
+      prefetch_output(tile.out + (first + r) * tile.out_stride, k_.dim);
+    }
     score<kRows>(tile, block, first);
     A max[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      A* scores = scores_ + r * stride_;
-      fill(block.gaps[r], scores, kLowest);
-      max[r] = exponentiate(block, scores);
-      fill(block.gaps[r], scores, A(0));
-    }
+    exponentiate<kRows>(tile, block, max);
     sum<kRows>(0, block.runs.begin(), block.runs.end());
-    for (int r = 0; r < kRows; ++r) {
-      // An infinity or NaN times the zero of a query that does not see it is NaN.
-      if (block.mixed && !is_finite(sums_ + r * width_)) {
-        sum<1>(r, block.seen[r].begin(), block.seen[r].end());
+    A total[kRows];
+    if (block.mixed) {
+      for (int r = 0; r < kRows; ++r) {
+        sum_ranges<1>(block.seen[r], scores_ + r * stride_, stride_, total + r);
       }
-      const A total = sum_ranges(block.seen[r], scores_ + r * stride_);
-      finish(tile, first + r, sums_ + r * width_, total, max[r], block.seen[r].count > 0);
+      // An infinity or NaN times the zero of a query that does not see it is NaN.
+      if (!is_finite(sums_, kRows * width_)) {
+        for (int r = 0; r < kRows; ++r) sum<1>(r, block.seen[r].begin(), block.seen[r].end());
+      }
+    } else {
+      sum_ranges<kRows>(block.seen[0], scores_, stride_, total);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      finish(tile, first + r, sums_ + r * width_, total[r], max[r], block.seen[r].count > 0);
+    }
+    read_ahead(tile, first, first + kRows);
+  }
+
+  // Its share of what the blocks of a tile ask for. All at once it would have to be waited for.
+  void read_ahead(const AttentionTile<T>& tile, int64_t first, int64_t last) {
+    const int64_t count = tile.ahead.end - tile.ahead.begin;
+    const int64_t end = tile.ahead.begin + count * last / tile.rows;
+    for (int64_t i = tile.ahead.begin + count * first / tile.rows; i < end; ++i) {
+      prefetch_later(k_.next_k + k_.keys[i] * k_.k_stride, k_.dim);
+      prefetch_later(k_.next_v + k_.keys[i] * k_.v_stride, k_.dim);
     }
   }
 
@@ -150,7 +171,6 @@ class Attend {
   void score(const AttentionTile<T>& tile, const RowBlock& block, int64_t first) {
     const T* q = tile.q + first * tile.q_stride;
     pack_rows(q, tile.q_stride, kRows, k_.dim, q_, width_);
-    for (int r = 0; r < kRows; ++r) prefetch_row(q + r * tile.q_stride + tile.q_next, k_.dim);
     const A scale = static_cast<A>(tile.scale * 1.4426950408889634);
     if (k_.packed) {
       score_groups<kRows>(block.groups, static_cast<const A*>(q_), width_,
@@ -166,24 +186,31 @@ class Attend {
     }
   }
 
-  // Replaces the scores of a row by 2^(score - max); returns their maximum.
-  A exponentiate(const RowBlock& block, A* scores) {
-    Vector max = Vector::broadcast(kLowest);
+  // Replaces the scores of the rows by 2^(score - max), and gives their maxima.
+  template <int kRows>
+  void exponentiate(const AttentionTile<T>& tile, const RowBlock& block, A* greatest) {
+    Vector max[kRows];
+    for (int r = 0; r < kRows; ++r) max[r] = Vector::broadcast(kLowest);
+    for_each_vector<kRows, A>(block, tile.masks, [&](int64_t j, const auto& mask) {
+      for (int r = 0; r < kRows; ++r) {
+        const Vector x = Vector::load(scores_ + r * stride_ + j);
+        max[r] = pynar::PYNAR_ISA::max(select(mask, r, x, Vector::broadcast(kLowest)), max[r]);
+      }
+    });
+    for (int r = 0; r < kRows; ++r) greatest[r] = reduce_max(max[r]);
+    for_each_vector<kRows, A>(block, tile.masks, [&](int64_t j, const auto& mask) {
+      for (int r = 0; r < kRows; ++r) {
+        A* x = scores_ + r * stride_ + j;
+        const Vector y = sub(Vector::load(x), Vector::broadcast(greatest[r]));
+        select(mask, r, exp2<Precision::kFull>(y), Vector::broadcast(0)).store(x);
+      }
+    });
+    // For sum_ranges().
     for (const Range& groups : block.groups) {
-      for (int64_t j = groups.begin * kKeyGroup; j < groups.end * kKeyGroup; j += Vector::kLanes) {
-        max = pynar::PYNAR_ISA::max(Vector::load(scores + j), max);
+      for (int r = 0; r < kRows; ++r) {
+        Vector::broadcast(0).store(scores_ + r * stride_ + groups.end * kKeyGroup);
       }
     }
-    const A greatest = reduce_max(max);
-    const Vector offset = Vector::broadcast(greatest);
-    for (const Range& groups : block.groups) {
-      for (int64_t j = groups.begin * kKeyGroup; j < groups.end * kKeyGroup; j += Vector::kLanes) {
-        exp2<Precision::kFull>(sub(Vector::load(scores + j), offset)).store(scores + j);
-      }
-      // For sum_ranges().
-      Vector::broadcast(0).store(scores + groups.end * kKeyGroup);
-    }
-    return greatest;
   }
 
   template <int kRows>
@@ -199,9 +226,9 @@ class Attend {
     }
   }
 
-  bool is_finite(const A* x) const {
+  static bool is_finite(const A* x, int64_t count) {
     Vector zero = Vector::broadcast(0);
-    for (int64_t c = 0; c < width_; c += Vector::kLanes) {
+    for (int64_t c = 0; c < count; c += Vector::kLanes) {
       zero = multiply_add(Vector::load(x + c), Vector::broadcast(0), zero);
     }
     return reduce_add(zero) == 0;
@@ -289,20 +316,25 @@ void interval_attention_cpu(const IntervalAttentionParams<T>& p) {
     const auto run = [&](const TileFamily& family, int64_t h) {
       if (planned != &family) plan.build(view, families.tiles(family));
       planned = &family;
-      const bool last_head = h + 1 == heads;
+      // What this thread does next, unless its share ends here.
+      const bool same = h + 1 < heads || &family == &families.families().back();
+      const TileFamily& next = same ? family : (&family)[1];
+      const int64_t next_head = h + 1 < heads ? h + 1 : 0;
+      const int64_t shift = next.keys.begin - family.keys.begin;
       AttentionKeys<T> keys;
       keys.k = p.k.at(family.b, h, 0);
       keys.v = p.v.at(family.b, h, 0);
+      keys.next_k = p.k.at(next.b, next_head, shift);
+      keys.next_v = p.v.at(next.b, next_head, shift);
       keys.k_stride = p.k.stride_t;
       keys.v_stride = p.v.stride_t;
-      keys.k_next = last_head ? 0 : p.k.stride_h;
-      keys.v_next = last_head ? 0 : p.v.stride_h;
       keys.dim = p.sizes.dim;
       keys.num_groups = plan.num_groups();
       keys.keys = plan.keys();
       keys.packed = family.rows > kBlockRows;
       keys.scratch = scratch.get<A>(attention_scratch(keys.num_groups, keys.dim));
       pack_keys(keys);
+      int64_t rows = 0;
       for (const TileBlocks& blocks : plan.tiles()) {
         const TileSpan& span = *blocks.span;
         AttentionTile<T> tile;
@@ -310,14 +342,17 @@ void interval_attention_cpu(const IntervalAttentionParams<T>& p) {
         tile.out = p.out.at(span.b, h, span.first);
         tile.lse = p.lse.at(span.b, h, span.first);
         tile.q_stride = p.q.stride_t;
-        tile.q_next = last_head ? 0 : p.q.stride_h;
         tile.out_stride = p.out.stride_t;
         tile.lse_stride = p.lse.stride_t;
         tile.rows = span.rows;
         tile.blocks = plan.blocks() + blocks.first;
         tile.block_step = blocks.step;
+        tile.masks = plan.masks();
+        tile.ahead = {plan.num_keys() * rows / family.rows,
+                      plan.num_keys() * (rows + span.rows) / family.rows};
         tile.scale = p.scale;
         attend(keys, tile);
+        rows += span.rows;
       }
     };
     for_each_share(families.families(), families.total(), heads, first, last, run);

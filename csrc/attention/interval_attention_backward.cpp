@@ -12,7 +12,8 @@ struct AttentionBackwardKeys {
   const T* k;  // of the sentence
   const T* v;
   int64_t k_stride, v_stride;
-  int64_t k_next, v_next;  // from here on to the next head; 0 for the last one
+  const T* next_k;  // as AttentionKeys::next_k
+  const T* next_v;
   int64_t dim;
   int64_t num_keys, num_groups;
   const int64_t* keys;  // at each position
@@ -34,10 +35,11 @@ struct AttentionBackwardTile {
   const A* lse;
   T* grad_q;
   int64_t grad_out_stride, q_stride, out_stride, lse_stride, grad_q_stride;
-  int64_t grad_out_next, q_next, out_next;
   int64_t rows;
   const RowBlock* blocks;
   int64_t block_step;
+  const float* masks;
+  Range ahead;              // positions of what comes next to be read ahead of time meanwhile
   const Range* group_rows;  // see TilePlan
   const int64_t* group_starts;
   double scale;
@@ -102,21 +104,24 @@ class AttendBackward {
   }
 
   void pack() {
+    const auto rows = [&](const T* x, int64_t stride, int64_t g) {
+      return GroupRows<T>(x, stride, k_.keys + g * kKeyGroup);
+    };
     for (int64_t g = 0; g < k_.num_groups; ++g) {
-      const int64_t* keys = k_.keys + g * kKeyGroup;
-      prefetch(GroupRows<T>(k_.k + k_.k_next, k_.k_stride, keys), k_.dim);
-      prefetch(GroupRows<T>(k_.v + k_.v_next, k_.v_stride, keys), k_.dim);
+      const int64_t next = g + 1 < k_.num_groups ? g + 1 : g;
+      prefetch(rows(k_.k, k_.k_stride, next), k_.dim);
+      prefetch(rows(k_.v, k_.v_stride, next), k_.dim);
       const int64_t at = g * k_.dim * kKeyGroup;
-      pack_transposed(GroupRows<T>(k_.k, k_.k_stride, keys), k_.dim, transposed_keys_ + at);
-      pack_transposed(GroupRows<T>(k_.v, k_.v_stride, keys), k_.dim, transposed_values_ + at);
+      pack_transposed(rows(k_.k, k_.k_stride, g), k_.dim, transposed_keys_ + at);
+      pack_transposed(rows(k_.v, k_.v_stride, g), k_.dim, transposed_values_ + at);
       pack_panels(k_.k, k_.k_stride, k_.keys, g * kKeyGroup, (g + 1) * kKeyGroup, positions_,
                   k_.dim, width_, keys_);
     }
   }
 
   void run(const AttentionBackwardTile<T>& tile) {
-    pack_queries(tile.q, tile.q_stride, tile.q_next, tile.rows, q_);
-    pack_queries(tile.grad_out, tile.grad_out_stride, tile.grad_out_next, tile.rows, grad_out_);
+    pack_rows(tile.q, tile.q_stride, tile.rows, k_.dim, q_, width_);
+    pack_rows(tile.grad_out, tile.grad_out_stride, tile.rows, k_.dim, grad_out_, width_);
     const RowBlock* block = tile.blocks;
     for (int64_t r = 0; r < tile.rows; r += kBlockRows, block += tile.block_step) {
       with_constant<kBlockRows>(
@@ -138,16 +143,13 @@ class AttendBackward {
   }
 
  private:
-  void pack_queries(const T* x, int64_t stride, int64_t next, int64_t rows, A* packed) {
-    for (int64_t r = 0; r < rows; ++r) {
-      prefetch_row(x + r * stride + next, k_.dim);
-      pack_row(x + r * stride, k_.dim, width_, packed + r * width_);
-    }
-  }
-
   // The weights of a block's queries, the gradients of their scores, and their own.
   template <int kRows>
   void run_block(const AttentionBackwardTile<T>& tile, const RowBlock& block, int64_t first) {
+    for (int64_t r = first; r < first + kRows; ++r) {
+      prefetch_row(tile.out + r * tile.out_stride, k_.dim);
+      prefetch_output(tile.grad_q + r * tile.grad_q_stride, k_.dim);
+    }
     A* weights = weights_ + first * stride_;
     A* grad_scores = grad_scores_ + first * stride_;
     score_groups<kRows>(block.groups, static_cast<const A*>(q_ + first * width_), width_,
@@ -156,42 +158,59 @@ class AttendBackward {
     score_groups<kRows>(block.groups, static_cast<const A*>(grad_out_ + first * width_), width_,
                         static_cast<const A*>(transposed_values_), k_.dim, A(1), grad_scores,
                         stride_);
-    for (int r = 0; r < kRows; ++r) {
-      finish_row(tile, block, first + r, weights + r * stride_, grad_scores + r * stride_);
-      fill(block.gaps[r], weights + r * stride_, A(0));
-      fill(block.gaps[r], grad_scores + r * stride_, A(0));
-    }
+    finish_scores<kRows>(tile, block, first);
     weighted_panels<kRows>(grad_scores, stride_, static_cast<const A*>(keys_), positions_,
                            block.runs.begin(), block.runs.end(), width_, grad_q_, width_);
     for (int r = 0; r < kRows; ++r) {
       store_scaled(grad_q_ + r * width_, A(1), k_.dim,
                    tile.grad_q + (first + r) * tile.grad_q_stride);
     }
+    read_ahead(tile, first, first + kRows);
   }
 
-  void finish_row(const AttentionBackwardTile<T>& tile, const RowBlock& block, int64_t row,
-                  A* weights, A* grad_scores) {
-    const T* out = tile.out + row * tile.out_stride;
-    prefetch_row(out + tile.out_next, k_.dim);
-    const A* grad_out = grad_out_ + row * width_;
+  // Its share of what the blocks of a tile ask for.
+  void read_ahead(const AttentionBackwardTile<T>& tile, int64_t first, int64_t last) {
+    const int64_t count = tile.ahead.end - tile.ahead.begin;
+    const int64_t end = tile.ahead.begin + count * last / tile.rows;
+    for (int64_t i = tile.ahead.begin + count * first / tile.rows; i < end; ++i) {
+      prefetch_later(k_.next_k + k_.keys[i] * k_.k_stride, k_.dim);
+      prefetch_later(k_.next_v + k_.keys[i] * k_.v_stride, k_.dim);
+    }
+  }
+
+  // Turns scores into weights, and gradients of weights into those of scores.
+  template <int kRows>
+  void finish_scores(const AttentionBackwardTile<T>& tile, const RowBlock& block, int64_t first) {
+    A offset[kRows];
+    A mean[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      offset[r] = tile.lse[(first + r) * tile.lse_stride] * kLog2E<A>;
+      mean[r] = dot(grad_out_ + (first + r) * width_, tile.out + (first + r) * tile.out_stride);
+    }
+    const Vector scale = Vector::broadcast(static_cast<A>(tile.scale));
+    for_each_vector<kRows, A>(block, tile.masks, [&](int64_t j, const auto& mask) {
+      for (int r = 0; r < kRows; ++r) {
+        A* weights = weights_ + (first + r) * stride_ + j;
+        A* grad_scores = grad_scores_ + (first + r) * stride_ + j;
+        const Vector p =
+            exp2<Precision::kFull>(sub(Vector::load(weights), Vector::broadcast(offset[r])));
+        const Vector difference = sub(Vector::load(grad_scores), Vector::broadcast(mean[r]));
+        const Vector zero = Vector::broadcast(0);
+        select(mask, r, p, zero).store(weights);
+        select(mask, r, mul(mul(p, scale), difference), zero).store(grad_scores);
+      }
+    });
+  }
+
+  A dot(const A* x, const T* y) const {
     Vector products = Vector::broadcast(0);
     int64_t c = 0;
     for (; c + Vector::kLanes <= k_.dim; c += Vector::kLanes) {
-      products = multiply_add(Vector::load(grad_out + c), Vector::load(out + c), products);
+      products = multiply_add(Vector::load(x + c), Vector::load(y + c), products);
     }
     A product = reduce_add(products);
-    for (; c < k_.dim; ++c) product += grad_out[c] * to_accumulation(out[c]);
-    const Vector offset = Vector::broadcast(tile.lse[row * tile.lse_stride] * kLog2E<A>);
-    const Vector mean = Vector::broadcast(product);
-    const Vector scale = Vector::broadcast(static_cast<A>(tile.scale));
-    for (int i = 0; i < block.groups.count; ++i) {
-      const int64_t end = block.groups.range[i].end * kKeyGroup;
-      for (int64_t j = block.groups.range[i].begin * kKeyGroup; j < end; j += Vector::kLanes) {
-        const Vector p = exp2<Precision::kFull>(sub(Vector::load(weights + j), offset));
-        p.store(weights + j);
-        mul(mul(p, scale), sub(Vector::load(grad_scores + j), mean)).store(grad_scores + j);
-      }
-    }
+    for (; c < k_.dim; ++c) product += x[c] * to_accumulation(y[c]);
+    return product;
   }
 
   // The share of the tile's queries `rows` in the gradients of the keys at `first` and after.
@@ -315,14 +334,18 @@ void interval_attention_backward_cpu(const IntervalAttentionBackwardParams<T>& p
         plan.build_group_rows();
       }
       planned = &family;
-      const bool last_head = h + 1 == heads;
+      // What this thread does next, unless its share ends here.
+      const bool same = h + 1 < heads || &family == &families.families().back();
+      const TileFamily& next = same ? family : (&family)[1];
+      const int64_t next_head = h + 1 < heads ? h + 1 : 0;
+      const int64_t shift = next.keys.begin - family.keys.begin;
       AttentionBackwardKeys<T> keys;
       keys.k = p.k.at(family.b, h, 0);
       keys.v = p.v.at(family.b, h, 0);
       keys.k_stride = p.k.stride_t;
       keys.v_stride = p.v.stride_t;
-      keys.k_next = last_head ? 0 : p.k.stride_h;
-      keys.v_next = last_head ? 0 : p.v.stride_h;
+      keys.next_k = p.k.at(next.b, next_head, shift);
+      keys.next_v = p.v.at(next.b, next_head, shift);
       keys.dim = dim;
       keys.num_keys = plan.num_keys();
       keys.num_groups = plan.num_groups();
@@ -337,6 +360,7 @@ void interval_attention_backward_cpu(const IntervalAttentionBackwardParams<T>& p
       keys.grad_v = keys.grad_k + size;
       std::fill_n(keys.grad_k, 2 * size, A(0));
       pack_backward(keys);
+      int64_t rows = 0;
       for (size_t i = 0; i < plan.tiles().size(); ++i) {
         const TileBlocks& blocks = plan.tiles()[i];
         const TileSpan& span = *blocks.span;
@@ -351,9 +375,9 @@ void interval_attention_backward_cpu(const IntervalAttentionBackwardParams<T>& p
         tile.out_stride = p.out.stride_t;
         tile.lse_stride = p.lse.stride_t;
         tile.grad_q_stride = p.grad_q.stride_t;
-        tile.grad_out_next = last_head ? 0 : p.grad_out.stride_h;
-        tile.q_next = last_head ? 0 : p.q.stride_h;
-        tile.out_next = last_head ? 0 : p.out.stride_h;
+        tile.masks = plan.masks();
+        tile.ahead = {plan.num_keys() * rows / family.rows,
+                      plan.num_keys() * (rows + span.rows) / family.rows};
         tile.rows = span.rows;
         tile.blocks = plan.blocks() + blocks.first;
         tile.block_step = blocks.step;
@@ -361,6 +385,7 @@ void interval_attention_backward_cpu(const IntervalAttentionBackwardParams<T>& p
         tile.group_starts = plan.group_starts(static_cast<int64_t>(i));
         tile.scale = p.scale;
         attend_backward(keys, tile);
+        rows += span.rows;
       }
       const std::span<const int64_t> seen(keys.keys, keys.num_keys);
       const auto store = [&](const A* grad, T* out, int64_t stride) {

@@ -65,40 +65,6 @@ int64_t overlap(const Ranges<kMaxIntervals>& a, const Ranges<kMaxIntervals>& b) 
 // What packing a tile's keys, and planning it, cost in queries.
 constexpr int64_t kTileCost = 3;
 
-void finish(RowBlock& block, int64_t rows) {
-  block.runs.count = 0;
-  block.mixed = false;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (const Range& range : block.seen[r]) block.runs.range[block.runs.count++] = range;
-    block.mixed = block.mixed || (r > 0 && !equal(block.seen[r], block.seen[0]));
-  }
-  normalise(block.runs);
-  block.groups.count = 0;
-  for (const Range& run : block.runs) {
-    const Range groups{run.begin / kKeyGroup, (run.end + kKeyGroup - 1) / kKeyGroup};
-    const int n = block.groups.count;
-    if (n > 0 && groups.begin <= block.groups.range[n - 1].end) {
-      block.groups.range[n - 1].end = groups.end;
-    } else {
-      block.groups.range[block.groups.count++] = groups;
-    }
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    auto& gaps = block.gaps[r];
-    gaps.count = 0;
-    const Range* next = block.seen[r].begin();
-    for (const Range& groups : block.groups) {
-      int64_t at = groups.begin * kKeyGroup;
-      const int64_t end = groups.end * kKeyGroup;
-      for (; next != block.seen[r].end() && next->begin < end; ++next) {
-        if (at < next->begin) gaps.range[gaps.count++] = {at, next->begin};
-        at = next->end;
-      }
-      if (at < end) gaps.range[gaps.count++] = {at, end};
-    }
-  }
-}
-
 }  // namespace
 
 TileList::TileList(const Check& check, const IntervalView& view) {
@@ -217,10 +183,74 @@ void TilePlan::place(const Ranges<kMaxIntervals>& row, Ranges<kMaxIntervals>& se
   }
 }
 
+// What each query of a block sees of a group.
+void TilePlan::add_mask(const RowBlock& block, int64_t rows, int64_t group) {
+  const int64_t begin = group * kKeyGroup;
+  for (int64_t r = 0; r < (block.mixed ? rows : 1); ++r) {
+    masks_.resize(masks_.size() + kKeyGroup, 0.f);
+    float* mask = masks_.data() + masks_.size() - kKeyGroup;
+    for (const Range& range : block.seen[r]) {
+      const int64_t end = std::min<int64_t>(range.end - begin, kKeyGroup);
+      for (int64_t i = std::max<int64_t>(range.begin - begin, 0); i < end; ++i) mask[i] = -1.f;
+    }
+  }
+}
+
+void TilePlan::finish(RowBlock& block, int64_t rows) {
+  block.runs.count = 0;
+  block.mixed = false;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (r > 0 && equal(block.seen[r], block.seen[r - 1])) continue;
+    for (const Range& range : block.seen[r]) block.runs.range[block.runs.count++] = range;
+    block.mixed = block.mixed || r > 0;
+  }
+  normalise(block.runs);
+  block.groups.count = 0;
+  for (const Range& run : block.runs) {
+    const Range groups{run.begin / kKeyGroup, (run.end + kKeyGroup - 1) / kKeyGroup};
+    const int n = block.groups.count;
+    if (n > 0 && groups.begin <= block.groups.range[n - 1].end) {
+      block.groups.range[n - 1].end = groups.end;
+    } else {
+      block.groups.range[block.groups.count++] = groups;
+    }
+  }
+  // Positions next to each other can lie in ranges of their own.
+  Ranges<kMaxIntervals> joined[kBlockRows];
+  const int64_t different = block.mixed ? rows : 1;
+  for (int64_t r = 0; r < different; ++r) {
+    joined[r] = block.seen[r];
+    normalise(joined[r]);
+  }
+  const auto sees_all = [&](int64_t group) {
+    const Range positions{group * kKeyGroup, (group + 1) * kKeyGroup};
+    return std::all_of(joined, joined + different, [&](const Ranges<kMaxIntervals>& row) {
+      return std::any_of(row.begin(), row.end(), [&](const Range& range) {
+        return range.begin <= positions.begin && positions.end <= range.end;
+      });
+    });
+  };
+  block.num_parts = 0;
+  for (const Range& groups : block.groups) {
+    for (int64_t g = groups.begin; g < groups.end; ++g) {
+      const bool masked = !sees_all(g);
+      const int64_t mask = masked ? static_cast<int64_t>(masks_.size()) : -1;
+      if (masked) add_mask(block, rows, g);
+      GroupRun& last = block.parts[std::max(block.num_parts - 1, 0)];
+      if (block.num_parts > 0 && last.end == g && last.masked() == masked) {
+        last.end = g + 1;
+      } else {
+        block.parts[block.num_parts++] = {g, g + 1, mask};
+      }
+    }
+  }
+}
+
 void TilePlan::build(const IntervalView& view, std::span<const TileSpan* const> tiles) {
   rows_.clear();
   segments_.clear();
   tiles_.clear();
+  masks_.clear();
   int64_t num_blocks = 0;
   for (const TileSpan* tile : tiles) {
     const int64_t blocks = tile->uniform ? 1 : (tile->rows + kBlockRows - 1) / kBlockRows;

@@ -35,6 +35,16 @@ struct Ranges {
   const Range* end() const { return range + count; }
 };
 
+// Neighbouring groups of a block, of which each query sees all, or not.
+struct GroupRun {
+  int64_t begin, end;
+  // Where not, the element of TilePlan::masks() from where on the groups have kKeyGroup numbers for
+  // each query, or for all of them if they do not differ: -1 for what it sees and 0 for the rest.
+  int64_t mask;
+
+  bool masked() const { return mask >= 0; }
+};
+
 struct RowBlock {
   static constexpr int kMaxRuns = kBlockRows * kMaxIntervals;
   // Positions that each query sees: a range for each of its intervals, of which those that touch or
@@ -43,9 +53,9 @@ struct RowBlock {
   Ranges<kMaxIntervals> seen[kBlockRows];
   Ranges<kMaxRuns> runs;    // positions that any of them sees
   Ranges<kMaxRuns> groups;  // the groups that hold those
-  Ranges<kMaxRuns + kMaxIntervals>
-      gaps[kBlockRows];  // positions in `groups` that each query does not see
-  bool mixed = false;    // whether the queries differ
+  bool mixed = false;       // whether the queries differ
+  int num_parts = 0;
+  GroupRun parts[4 * kMaxRuns + 1];  // of `groups`
 };
 
 }  // namespace pynar
@@ -153,6 +163,7 @@ class TilePlan {
   const int64_t* keys() const { return keys_.data(); }
   const std::vector<TileBlocks>& tiles() const { return tiles_; }
   const RowBlock* blocks() const { return blocks_.data(); }
+  const float* masks() const { return masks_.data(); }
 
   // For each tile and group of keys, the queries whose blocks hold it.
   void build_group_rows();
@@ -165,12 +176,15 @@ class TilePlan {
  private:
   void set_keys();
   void place(const Ranges<kMaxIntervals>& row, Ranges<kMaxIntervals>& seen) const;
+  void finish(RowBlock& block, int64_t rows);
+  void add_mask(const RowBlock& block, int64_t rows, int64_t group);
 
   std::vector<int64_t> keys_;
   int64_t num_keys_ = 0;
   std::vector<TileBlocks> tiles_;
   std::vector<RowBlock> blocks_;  // more than are in use
-  std::vector<Range> segments_;   // of the keys
+  std::vector<float> masks_;
+  std::vector<Range> segments_;  // of the keys
   std::vector<int64_t> segment_positions_;
   std::vector<Ranges<kMaxIntervals>> rows_;
   std::vector<Range> group_rows_;

@@ -59,17 +59,31 @@ struct GroupRows {
   }
 };
 
-// Asks for a row ahead of its use. Heads lie side by side, so that the rows of one head are too
-// short and too far apart for the processor to see them coming.
+// Asks for a row ahead of its use, or of its being written. Heads lie side by side, so that the
+// rows of one head are too short and too far apart for the processor to see them coming. They share
+// few sets of the caches, too, so that one asked for too early is gone again.
 template <typename T>
 inline void prefetch_row(const T* row, int64_t dim) {
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t c = 0; c < dim; c += kLine) __builtin_prefetch(row + c);
 }
 
+// Into the second cache, for what comes later and would drive out what is in use.
+template <typename T>
+inline void prefetch_later(const T* row, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t c = 0; c < dim; c += kLine) __builtin_prefetch(row + c, 0, 2);
+}
+
+template <typename T>
+inline void prefetch_output(const T* row, int64_t dim) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t c = 0; c < dim; c += kLine) __builtin_prefetch(row + c, 1);
+}
+
 template <typename T>
 inline void prefetch(const GroupRows<T>& group, int64_t dim) {
-  for (int i = 0; i < kKeyGroup; ++i) prefetch_row(group.row[i], dim);
+  for (int i = 0; i < kKeyGroup; ++i) prefetch_later(group.row[i], dim);
 }
 
 // Calls body(c, v, column) for each channel c and vector v of a group with the keys' values.
@@ -116,11 +130,14 @@ inline void pack_row(const T* row, int64_t dim, int64_t width, A* packed) {
   for (; c < width; ++c) packed[c] = 0;
 }
 
-// packed[row][channel], rows filled up with zeros
+// packed[row][channel], rows filled up with zeros. Asks for the rows of the block after.
 template <typename A, typename T>
 inline void pack_rows(const T* x, int64_t stride, int64_t num_rows, int64_t dim, A* packed,
                       int64_t width) {
-  for (int64_t i = 0; i < num_rows; ++i) pack_row(x + i * stride, dim, width, packed + i * width);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    prefetch_row(x + (i + kBlockRows) * stride, dim);
+    pack_row(x + i * stride, dim, width, packed + i * width);
+  }
 }
 
 // packed[panel][row][channel of the panel] for the rows [first, last) of `num_rows`: what a
@@ -131,7 +148,16 @@ inline void pack_panels(const T* x, int64_t stride, const int64_t* keys, int64_t
                         int64_t last, int64_t num_rows, int64_t dim, int64_t width, A* packed) {
   for (int64_t i = first; i < last; ++i) {
     const T* row = x + (keys != nullptr ? keys[i] : i) * stride;
-    for (int64_t c = 0; c < width; c += kPanel<A>) {
+    int64_t c = 0;
+    for (; c + kPanel<A> <= dim; c += kPanel<A>) {
+      Simd<A> part[kMaxVectors<A>];
+      for (int v = 0; v < kMaxVectors<A>; ++v) {
+        part[v] = Simd<A>::load(row + c + v * Simd<A>::kLanes);
+      }
+      A* to = packed + c * num_rows + i * kPanel<A>;
+      for (int v = 0; v < kMaxVectors<A>; ++v) part[v].store(to + v * Simd<A>::kLanes);
+    }
+    for (; c < width; c += kPanel<A>) {
       const int64_t wide = width - c < kPanel<A> ? width - c : kPanel<A>;
       const int64_t left = dim - c < wide ? dim - c : wide;
       pack_row(row + c, left, wide, packed + c * num_rows + i * wide);
@@ -272,22 +298,26 @@ struct Keep {
 template <typename A>
 constexpr Keep<A> kKeep;
 
-// The sum of x over ranges. Lanes are counted from where a range begins, so that the order of the
-// sum is that of the ranges alone, wherever they lie. What follows a range in its last vector must
-// be finite.
-template <int kCapacity, typename A>
-inline A sum_ranges(const Ranges<kCapacity>& ranges, const A* x) {
+// sums[r] = the sum of x[r] over ranges, for kRows rows. Lanes are counted from where a range
+// begins, so that the order of the sum is that of the ranges alone, wherever they lie. What follows
+// a range in its last vector must be finite.
+template <int kRows, int kCapacity, typename A>
+inline void sum_ranges(const Ranges<kCapacity>& ranges, const A* x, int64_t x_stride, A* sums) {
   using Vector = Simd<A>;
-  Vector sum = Vector::broadcast(0);
+  Vector sum[kRows];
+  for (int r = 0; r < kRows; ++r) sum[r] = Vector::broadcast(0);
   for (const Range& range : ranges) {
     int64_t j = range.begin;
     for (; j + Vector::kLanes <= range.end; j += Vector::kLanes) {
-      sum = add(sum, Vector::load(x + j));
+      for (int r = 0; r < kRows; ++r) sum[r] = add(sum[r], Vector::load(x + r * x_stride + j));
     }
+    if (j == range.end) continue;
     const Vector keep = Vector::load(kKeep<A>.lane + Vector::kLanes - (range.end - j));
-    if (j < range.end) sum = multiply_add(Vector::load(x + j), keep, sum);
+    for (int r = 0; r < kRows; ++r) {
+      sum[r] = multiply_add(Vector::load(x + r * x_stride + j), keep, sum[r]);
+    }
   }
-  return reduce_add(sum);
+  for (int r = 0; r < kRows; ++r) sums[r] = reduce_add(sum[r]);
 }
 
 // out[r][c] += sum_i weights[i][r] y[i][c] over the rows i of `runs`, for kRows neighbouring
@@ -331,11 +361,38 @@ inline void store_scaled(const A* x, A factor, int64_t dim, T* out) {
   for (; c < dim; ++c) out[c] = from_accumulation<T>(x[c] * factor);
 }
 
-template <int kCapacity, typename A>
-inline void fill(const Ranges<kCapacity>& ranges, A* x, A value) {
-  for (int i = 0; i < ranges.count; ++i) {
-    for (int64_t j = ranges.range[i].begin; j < ranges.range[i].end; ++j) x[j] = value;
+// Calls body(j, mask) for each vector of positions of a block's groups: mask(r) tells, by negative
+// lanes, what row r sees of it. Where all rows see all of it, mask is null.
+template <int kRows, typename A, typename Body>
+inline void for_each_vector(const RowBlock& block, const float* masks, const Body& body) {
+  using Vector = Simd<A>;
+  const int64_t mask_rows = block.mixed ? kRows : 1;
+  for (const GroupRun* part = block.parts; part != block.parts + block.num_parts; ++part) {
+    const int64_t begin = part->begin * kKeyGroup;
+    const int64_t end = part->end * kKeyGroup;
+    if (!part->masked()) {
+      for (int64_t j = begin; j < end; j += Vector::kLanes) body(j, nullptr);
+      continue;
+    }
+    const float* mask = masks + part->mask;
+    for (int64_t j = begin; j < end; j += kKeyGroup, mask += mask_rows * kKeyGroup) {
+      for (int v = 0; v < kGroupVectors<A>; ++v) {
+        body(j + v * Vector::kLanes, [&](int r) {
+          return Vector::load(mask + (block.mixed ? r * kKeyGroup : 0) + v * Vector::kLanes);
+        });
+      }
+    }
   }
+}
+
+// x where a mask of for_each_vector() says so, and `other` elsewhere.
+template <typename A, typename Mask>
+inline Simd<A> select(const Mask& mask, int r, Simd<A> x, Simd<A> other) {
+  return where(mask(r), x, other);
+}
+template <typename A>
+inline Simd<A> select(decltype(nullptr), int, Simd<A> x, Simd<A>) {
+  return x;
 }
 
 }  // namespace pynar::PYNAR_ISA

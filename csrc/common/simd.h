@@ -107,6 +107,13 @@ inline Simd<T> max(Simd<T> a, Simd<T> b) {
   return a;
 }
 
+// a where the mask is negative, and b elsewhere.
+template <typename T>
+inline Simd<T> where(Simd<T> mask, Simd<T> a, Simd<T> b) {
+  for (int i = 0; i < Simd<T>::kLanes; ++i) a.lane[i] = mask.lane[i] < 0 ? a.lane[i] : b.lane[i];
+  return a;
+}
+
 // Whether any lane of a is greater than that of b; false where either is NaN.
 template <typename T>
 inline bool any_greater(Simd<T> a, Simd<T> b) {
@@ -210,6 +217,11 @@ inline Simd<float> mul(Simd<float> a, Simd<float> b) {
 template <>
 inline Simd<float> max(Simd<float> a, Simd<float> b) {
   return {_mm512_max_ps(a.v, b.v)};
+}
+template <>
+inline Simd<float> where(Simd<float> mask, Simd<float> a, Simd<float> b) {
+  const __mmask16 negative = _mm512_cmp_ps_mask(mask.v, _mm512_setzero_ps(), _CMP_LT_OQ);
+  return {_mm512_mask_blend_ps(negative, b.v, a.v)};
 }
 template <>
 inline bool any_greater(Simd<float> a, Simd<float> b) {
@@ -366,6 +378,10 @@ inline Simd<float> mul(Simd<float> a, Simd<float> b) {
 template <>
 inline Simd<float> max(Simd<float> a, Simd<float> b) {
   return {_mm256_max_ps(a.v, b.v)};
+}
+template <>
+inline Simd<float> where(Simd<float> mask, Simd<float> a, Simd<float> b) {
+  return {_mm256_blendv_ps(b.v, a.v, mask.v)};
 }
 template <>
 inline bool any_greater(Simd<float> a, Simd<float> b) {

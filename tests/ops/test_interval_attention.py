@@ -127,7 +127,7 @@ def extension() -> Iterator[Any]:
     module.set_simd_level(level)
 
 
-# Blocks of 4 queries and groups of 16 keys, tiles of 64 queries; channels beside whole vectors.
+# Blocks of 6 queries and groups of 16 keys, tiles of 64 queries; channels beside whole vectors.
 SHAPES = [
     (1, 1, 1, 1, 1),
     (2, 3, 7, 5, 33),
