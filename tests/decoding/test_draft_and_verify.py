@@ -118,7 +118,7 @@ def _limit(model: JANUS, length: int) -> int:
 
 def test_tolerance_saves_passes_and_costs_score() -> None:
     model = make_model("janus")
-    source, lengths = make_source(many_sentences(200))
+    source, lengths = make_source(many_sentences(60))
 
     def run(**options: Any) -> Hypotheses:
         return DraftAndVerify(**options).decode(model, source, lengths)
