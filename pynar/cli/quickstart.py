@@ -21,11 +21,25 @@ import pynar
 from pynar.cli.plots import plot_quality_latency
 from pynar.data import prepare
 from pynar.data.normalisation import Example, corpus, exact_match
-from pynar.decoding import BeamSearch, Greedy, MaskPredict, Strategy, Translator
+from pynar.decoding import (
+    BeamSearch,
+    DraftAndVerify,
+    Greedy,
+    MaskPredict,
+    Strategy,
+    Translator,
+)
 from pynar.evaluation import evaluate, machine, measure_speed
 from pynar.recipes import load_recipe
 
 SIZES = {"train": 25000, "valid": 500, "test": 500}
+STUDENTS = (
+    ("cmlm", "raw"),
+    ("cmlm", "distilled"),
+    ("janus", "raw"),
+    ("nat", "raw"),
+    ("nat", "distilled"),
+)
 SEED = 1
 
 
@@ -66,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"  {example.source}\n    {' | '.join(sorted(example.readings))}")
     _prepare(output, train, valid)
 
-    _title(console, start, "2. Training: a teacher, its distilled text, and four students")
+    _title(console, start, "2. Training: a teacher, its distilled text, and five students")
     _train_all(options, output)
 
     _title(console, start, "3. Quality and speed, side by side on the test sentences")
@@ -153,9 +167,10 @@ def _train_all(options: argparse.Namespace, output: Path) -> None:
 
     with ThreadPoolExecutor(workers) as pool:
         done["distillation"] = pool.submit(distillation)
-        for family in ("cmlm", "nat"):
-            for kind, data in (("raw", raw), ("distilled", distilled)):
-                done[f"{family}-{kind}"] = pool.submit(student, family, kind, data)
+        # The longest first, that no core is idle in the end.
+        for family, kind in STUDENTS:
+            data = {"raw": raw, "distilled": distilled}[kind]
+            done[f"{family}-{kind}"] = pool.submit(student, family, kind, data)
     for step in done.values():
         step.result()
 
@@ -204,6 +219,12 @@ def _systems(output: Path) -> list[tuple[str, str, Translator, Strategy]]:
         )
         systems.append(("vanilla NAT", kind, nat, _parallel(1)))
         systems += [(f"CMLM {n}", kind, cmlm, _parallel(n)) for n in (1, 4, 10)]
+    janus = pynar.load(output / "janus-raw" / "best", freeze="fp32")
+    systems += [
+        ("JANUS greedy", "raw", janus, Greedy()),
+        ("JANUS draft and verify", "raw", janus, DraftAndVerify()),
+        ("JANUS 4", "raw", janus, _parallel(4)),
+    ]
     return systems
 
 

@@ -28,18 +28,23 @@ def test_quickstart_leaves_table_plot_and_models(tmp_path: Path, monkeypatch, ca
             "sentences_per_second",
             "speedup",
         }
-    ] * 10
+    ] * 13
     assert [(row["system"], row["data"]) for row in rows[:3]] == [
         ("AR greedy", "raw"),
         ("AR beam 5", "raw"),
         ("vanilla NAT", "raw"),
     ]
+    janus = [row["system"] for row in rows[-3:]]
+    assert janus == ["JANUS greedy", "JANUS draft and verify", "JANUS 4"]
+    # Draft and verify writes what greedy search writes.
+    assert rows[-2]["exact_match"] == rows[-3]["exact_match"]
+    assert rows[-2]["bleu"] == rows[-3]["bleu"]
     # A short sentence takes part in fewer passes.
     passes = [row["passes"] for row in rows if row["system"].startswith("CMLM")]
     assert all(n - 1 < p <= n for p, n in zip(passes, [1, 4, 10] * 2, strict=True))
     assert rows[0]["speedup"] == 1.0
     assert (output / "quality_latency.png").read_bytes().startswith(b"\x89PNG")
-    for model in ("teacher", "cmlm-raw", "cmlm-distilled", "nat-raw", "nat-distilled"):
+    for model in ("teacher", "cmlm-raw", "cmlm-distilled", "nat-raw", "nat-distilled", "janus-raw"):
         assert len(pynar.load(output / model / "best").translate(["Tea is at 4:15."])) == 1
 
     # Run again, it goes on where it was: nothing is trained anew.

@@ -1,3 +1,6 @@
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -5,6 +8,21 @@ from lightning_fabric.plugins import MixedPrecision, Precision
 from standin import make_config
 
 from pynar.training import devices
+
+PROGRAM = """
+import torch
+from pynar.training.devices import keep_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+{call}
+torch.ones(1 << 24)
+before = resident()
+torch.ones(1 << 25)
+print(resident() - before)
+"""
 
 
 @pytest.mark.parametrize(("native", "kind"), [("bf16", MixedPrecision), ("fp32", Precision)])
@@ -29,3 +47,19 @@ def test_without_products_of_bf16_it_is_fp32():
     if not flags & {"avx2", "avx512bw"}:
         pytest.skip("no x86 processor that tells its instruction sets")
     assert devices.precision_on("cpu") == ("bf16" if "avx512bw" in flags else "fp32")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_stays_with_the_process():
+    grown = []
+    for call in ("", "keep_freed_memory()"):
+        result = subprocess.run(
+            [sys.executable, "-c", PROGRAM.format(call=call)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        grown.append(int(result.stdout))
+    returned, kept = grown
+    assert returned < 1 << 20
+    assert kept > 1 << 25
