@@ -12,7 +12,7 @@ PYNAR_DECLARE_KERNEL(template <typename T>
 
 #ifdef PYNAR_ISA
 
-#include "common/simd.h"
+#include "losses/row_blocks.h"
 
 namespace pynar::PYNAR_ISA {
 namespace {
@@ -24,33 +24,35 @@ struct Math {
   static double log(double x) { return __builtin_log(x); }
 };
 
-template <typename T, int kHeads>
+template <typename A, Precision kPrecision, int kHeads>
 class Row {
  public:
-  using A = accumulation_t<T>;
   using Vector = Simd<A>;
-  // A block of all heads stays in the innermost cache between the search for its maximum and the
-  // exponentials.
-  static constexpr int64_t kBlock = 512;
 
-  Row(const DivergenceParams<T>& p, int64_t first, int64_t row) {
-    for (int h = 0; h < kHeads; ++h) {
-      logits_[h] = p.logits[first + h] + row * p.logits_stride[first + h];
-    }
-    for (int64_t v = 0; v < p.vocabulary; v += kBlock) {
-      const int64_t size = p.vocabulary - v < kBlock ? p.vocabulary - v : kBlock;
+  Row(const RowReader<A>* heads, int64_t vocabulary) {
+    A buffer[kHeads][kRowBlock];
+    for (int64_t v = 0; v < vocabulary; v += kRowBlock) {
+      const int64_t size = vocabulary - v < kRowBlock ? vocabulary - v : kRowBlock;
       const int64_t vectors = size / Vector::kLanes * Vector::kLanes;
-      for (int h = 0; h < kHeads; ++h) raise_max(h, logits_[h] + v, size, vectors);
-      add_vectors(v, v + vectors);
-      add_symbols(v + vectors, v + size, true);
+      for (int h = 0; h < kHeads; ++h) {
+        x_[h] = heads[h].read(heads[h].row, v, size, buffer[h]);
+        raise_max(h, size, vectors);
+      }
+      add_vectors(vectors);
+      add_symbols(vectors, size, true);
     }
-    sums_.finish(p, first, row);
+  }
+
+  void finish(const DivergenceResults<A>& p, int64_t first, int64_t row,
+              const A (&target_logit)[kMaxHeads]) const {
+    A logit[kHeads];
+    for (int h = 0; h < kHeads; ++h) logit[h] = target_logit[h];
+    sums_.finish(p, first, row, logit);
   }
 
  private:
-  static constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kShort : Precision::kFull;
-
-  void raise_max(int h, const T* x, int64_t size, int64_t vectors) {
+  void raise_max(int h, int64_t size, int64_t vectors) {
+    const A* x = x_[h];
     Vector greatest[4];
     for (int i = 0; i < 4; ++i) greatest[i] = Vector::broadcast(static_cast<A>(sums_.lowest()));
     int64_t v = 0;
@@ -61,14 +63,11 @@ class Row {
     }
     for (; v < vectors; v += Vector::kLanes) greatest[0] = max(Vector::load(x + v), greatest[0]);
     double to = reduce_max(max(max(greatest[0], greatest[1]), max(greatest[2], greatest[3])));
-    for (; v < size; ++v) {
-      const double value = to_accumulation(x[v]);
-      to = value > to ? value : to;
-    }
+    for (; v < size; ++v) to = x[v] > to ? x[v] : to;
     if (to > sums_.max[h]) sums_.raise_max(h, to);
   }
 
-  void add_vectors(int64_t begin, int64_t end) {
+  void add_vectors(int64_t size) {
     const Vector log2e = Vector::broadcast(kLog2E<A>);
     Vector shift[kHeads];
     Vector sum[kHeads];
@@ -79,11 +78,11 @@ class Row {
       sum[h] = total[h] = Vector::broadcast(0);
       for (int g = 0; g < kHeads; ++g) moment[h][g] = Vector::broadcast(0);
     }
-    for (int64_t v = begin; v < end; v += Vector::kLanes) {
+    for (int64_t v = 0; v < size; v += Vector::kLanes) {
       Vector d[kHeads];
       Vector e[kHeads];
       for (int h = 0; h < kHeads; ++h) {
-        const Vector x = Vector::load(logits_[h] + v);
+        const Vector x = Vector::load(x_[h] + v);
         total[h] = add(total[h], x);
         d[h] = sub(x, shift[h]);
         e[h] = exp2<kPrecision>(mul(d[h], log2e));
@@ -111,7 +110,7 @@ class Row {
       }
     }
     if (!finite) [[unlikely]]
-      return add_symbols(begin, end, false);
+      return add_symbols(0, size, false);
     for (int p = 0; p < kHeads; ++p) {
       for (int q = 0; q < kHeads; ++q) sums_.moment[p][q] += block[p][q];
     }
@@ -122,7 +121,7 @@ class Row {
   void add_symbols(int64_t begin, int64_t end, bool all) {
     for (int64_t v = begin; v < end; ++v) {
       double x[kHeads];
-      for (int h = 0; h < kHeads; ++h) x[h] = to_accumulation(logits_[h][v]);
+      for (int h = 0; h < kHeads; ++h) x[h] = x_[h][v];
       if (all) {
         sums_.add(x);
       } else {
@@ -136,33 +135,47 @@ class Row {
     }
   }
 
-  const T* logits_[kHeads];
+  const A* x_[kHeads];  // of a block
   DivergenceSums<Math, kHeads> sums_;
 };
+
+template <typename A, Precision kPrecision>
+void sum_row(const DivergenceResults<A>& p, const RowReader<A>* heads,
+             const A (&target_logit)[kMaxHeads], int64_t first, int64_t row) {
+  const auto with_heads = [&](const auto& sums) { sums.finish(p, first, row, target_logit); };
+  switch (divergence_group(p.heads, p.pairs)) {
+    case 1:
+      return with_heads(Row<A, kPrecision, 1>(heads, p.vocabulary));
+    case 2:
+      return with_heads(Row<A, kPrecision, 2>(heads, p.vocabulary));
+    case 3:
+      return with_heads(Row<A, kPrecision, 3>(heads, p.vocabulary));
+    default:
+      return with_heads(Row<A, kPrecision, 4>(heads, p.vocabulary));
+  }
+}
 
 }  // namespace
 
 template <typename T>
 void divergence_row(const DivergenceParams<T>& p, int64_t first, int64_t row) {
-  switch (divergence_group(p.heads, p.pairs)) {
-    case 1:
-      Row<T, 1>(p, first, row);
-      return;
-    case 2:
-      Row<T, 2>(p, first, row);
-      return;
-    case 3:
-      Row<T, 3>(p, first, row);
-      return;
-    default:
-      Row<T, 4>(p, first, row);
+  using A = accumulation_t<T>;
+  constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kShort : Precision::kFull;
+  RowReader<A> heads[kMaxHeads];
+  A target_logit[kMaxHeads] = {};
+  for (int64_t h = 0; h < divergence_group(p.heads, p.pairs); ++h) {
+    heads[h] = row_reader(p.logits[first + h] + row * p.logits_stride[first + h]);
+    target_logit[h] = p.target_logit(first + h, row);
   }
+  sum_row<A, kPrecision>(p, heads, target_logit, first, row);
 }
 
 template void divergence_row(const DivergenceParams<float>&, int64_t, int64_t);
-template void divergence_row(const DivergenceParams<double>&, int64_t, int64_t);
 template void divergence_row(const DivergenceParams<BFloat16>&, int64_t, int64_t);
 template void divergence_row(const DivergenceParams<Half>&, int64_t, int64_t);
+#ifdef PYNAR_FLOAT64
+template void divergence_row(const DivergenceParams<double>&, int64_t, int64_t);
+#endif
 
 }  // namespace pynar::PYNAR_ISA
 
@@ -184,7 +197,7 @@ constexpr const char* kName = "divergence_cross_entropy";
 
 template <typename T>
 void divergence_cross_entropy_cpu(const DivergenceParams<T>& p) {
-  const auto divergence_row = PYNAR_SELECT_KERNEL(divergence_row<T>);
+  const auto divergence_row = PYNAR_SELECT_KERNEL_OF(T, divergence_row<T>);
   const int64_t group = divergence_group(p.heads, p.pairs);
   parallel_for(p.rows, divergence_grain(p.vocabulary, p.heads), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {

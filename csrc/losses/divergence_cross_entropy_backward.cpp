@@ -11,7 +11,7 @@ PYNAR_DECLARE_KERNEL(template <typename T>
 
 #ifdef PYNAR_ISA
 
-#include "common/simd.h"
+#include "losses/row_blocks.h"
 
 namespace pynar::PYNAR_ISA {
 namespace {
@@ -25,20 +25,23 @@ struct Math {
 template <typename A>
 using AllHeads = DivergenceGradient<Math<A>, kMaxHeads>;
 
+// The row of one head.
+template <typename A>
+struct HeadRow {
+  RowReader<A> logits;
+  RowWriter<A> grads;
+};
+
 // The gradients of kHeads of a row's heads.
-template <typename T, int kHeads>
+template <typename A, Precision kPrecision, int kHeads>
 class Row {
  public:
-  using A = accumulation_t<T>;
   using Vector = Simd<A>;
-  static constexpr int64_t kBlock = 512;
 
-  Row(const DivergenceBackwardParams<T>& p, const AllHeads<A>& all, const int* heads, int64_t row) {
-    const int64_t target = p.targets[row * p.targets_stride];
+  Row(const HeadRow<A>* rows, const AllHeads<A>& all, const int* heads, int64_t vocabulary,
+      int64_t target) {
     for (int h = 0; h < kHeads; ++h) {
       const int from = heads[h];
-      logits_[h] = p.logits[from] + row * p.logits_stride[from];
-      grads_[h] = p.grads[from] + row * p.grads_stride[from];
       row_.max[h] = all.max[from];
       row_.log_sum[h] = all.log_sum[from];
       row_.scale[h] = all.scale[from];
@@ -47,32 +50,41 @@ class Row {
       row_.kind[h] = all.kind[from];
       for (int g = 0; g < kHeads; ++g) row_.weight[h][g] = all.weight[from][heads[g]];
     }
-    const int64_t vectors = p.vocabulary / Vector::kLanes * Vector::kLanes;
-    for (int64_t v = 0; v < vectors; v += kBlock) {
-      const int64_t end = v + kBlock < vectors ? v + kBlock : vectors;
-      if (!write_vectors(v, end)) [[unlikely]]
-        write_symbols(v, end, target);
+    A read[kHeads][kRowBlock];
+    A written[kHeads][kRowBlock];
+    for (int64_t v = 0; v < vocabulary; v += kRowBlock) {
+      const int64_t size = vocabulary - v < kRowBlock ? vocabulary - v : kRowBlock;
+      for (int h = 0; h < kHeads; ++h) {
+        const HeadRow<A>& row = rows[heads[h]];
+        x_[h] = row.logits.read(row.logits.row, v, size, read[h]);
+        grads_[h] = row.grads.place(row.grads.row, v, written[h]);
+      }
+      const int64_t vectors = size / Vector::kLanes * Vector::kLanes;
+      const bool defined = write_vectors(vectors);
+      write_symbols(defined ? vectors : 0, size, target - v);
+      if (target >= v && target < v + vectors)
+        write_symbols(target - v, target - v + 1, target - v);
+      for (int h = 0; h < kHeads; ++h) {
+        const RowWriter<A>& grads = rows[heads[h]].grads;
+        grads.write(grads.row, v, size, grads_[h]);
+      }
     }
-    write_symbols(vectors, p.vocabulary, target);
-    write_symbols(target, target + 1, target);
   }
 
  private:
-  static constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kShort : Precision::kFull;
-
   // As if no symbol were the target. False if a result is not finite: that of a symbol whose logits
   // are -inf has to be found otherwise.
-  bool write_vectors(int64_t begin, int64_t end) {
+  bool write_vectors(int64_t size) {
     const Vector log2e = Vector::broadcast(kLog2E<A>);
     Vector check[kHeads];
     for (int h = 0; h < kHeads; ++h) check[h] = Vector::broadcast(0);
-    for (int64_t v = begin; v < end; v += Vector::kLanes) {
+    for (int64_t v = 0; v < size; v += Vector::kLanes) {
       Vector log_prob[kHeads];
       Vector prob[kHeads];
       Vector factor[kHeads];
       Vector rest[kHeads];
       for (int h = 0; h < kHeads; ++h) {
-        const Vector x = Vector::load(logits_[h] + v);
+        const Vector x = Vector::load(x_[h] + v);
         log_prob[h] =
             sub(sub(x, Vector::broadcast(row_.max[h])), Vector::broadcast(row_.log_sum[h]));
         prob[h] = exp2<kPrecision>(mul(log_prob[h], log2e));
@@ -108,22 +120,19 @@ class Row {
     for (int64_t v = begin; v < end; ++v) {
       A x[kHeads];
       A grad[kHeads];
-      for (int h = 0; h < kHeads; ++h) x[h] = to_accumulation(logits_[h][v]);
+      for (int h = 0; h < kHeads; ++h) x[h] = x_[h][v];
       row_.at(x, v == target, grad);
-      for (int h = 0; h < kHeads; ++h) grads_[h][v] = from_accumulation<T>(grad[h]);
+      for (int h = 0; h < kHeads; ++h) grads_[h][v] = grad[h];
     }
   }
 
-  const T* logits_[kHeads];
-  T* grads_[kHeads];
+  const A* x_[kHeads];  // of a block
+  A* grads_[kHeads];
   DivergenceGradient<Math<A>, kHeads> row_;
 };
 
-}  // namespace
-
-template <typename T>
-void gradient_row(const DivergenceBackwardParams<T>& p, int64_t row) {
-  using A = accumulation_t<T>;
+template <typename A, Precision kPrecision>
+void write_row(const DivergenceFactors<A>& p, const HeadRow<A>* rows, int64_t target, int64_t row) {
   AllHeads<A> all;
   all.load(p, 0, row);
   // A head that is not regular itself is taken along where a pair needs it.
@@ -137,27 +146,51 @@ void gradient_row(const DivergenceBackwardParams<T>& p, int64_t row) {
     if (needed || all.kind[h] == GradientKind::kRegular) taken[count++] = h;
   }
   if (!paired) {
-    for (int i = 0; i < count; ++i) Row<T, 1>(p, all, taken + i, row);
+    for (int i = 0; i < count; ++i) {
+      Row<A, kPrecision, 1>(rows, all, taken + i, p.vocabulary, target);
+    }
   } else if (count == 2) {
-    Row<T, 2>(p, all, taken, row);
+    Row<A, kPrecision, 2>(rows, all, taken, p.vocabulary, target);
   } else if (count == 3) {
-    Row<T, 3>(p, all, taken, row);
+    Row<A, kPrecision, 3>(rows, all, taken, p.vocabulary, target);
   } else {
-    Row<T, 4>(p, all, taken, row);
+    Row<A, kPrecision, 4>(rows, all, taken, p.vocabulary, target);
   }
   for (int h = 0; h < p.heads; ++h) {
     if (all.kind[h] == GradientKind::kRegular) continue;
     const bool zero = all.kind[h] == GradientKind::kZero;
-    const T value = from_accumulation<T>(zero ? A(0) : static_cast<A>(__builtin_nanf("")));
-    T* grad = p.grads[h] + row * p.grads_stride[h];
-    for (int64_t v = 0; v < p.vocabulary; ++v) grad[v] = value;
+    const A value = zero ? A(0) : static_cast<A>(__builtin_nanf(""));
+    const RowWriter<A>& grads = rows[h].grads;
+    A buffer[kRowBlock];
+    for (int64_t v = 0; v < p.vocabulary; v += kRowBlock) {
+      const int64_t size = p.vocabulary - v < kRowBlock ? p.vocabulary - v : kRowBlock;
+      A* place = grads.place(grads.row, v, buffer);
+      for (int64_t i = 0; i < size; ++i) place[i] = value;
+      grads.write(grads.row, v, size, place);
+    }
   }
 }
 
+}  // namespace
+
+template <typename T>
+void gradient_row(const DivergenceBackwardParams<T>& p, int64_t row) {
+  using A = accumulation_t<T>;
+  constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kShort : Precision::kFull;
+  HeadRow<A> rows[kMaxHeads] = {};
+  for (int64_t h = 0; h < p.heads; ++h) {
+    rows[h] = {row_reader(p.logits[h] + row * p.logits_stride[h]),
+               row_writer(p.grads[h] + row * p.grads_stride[h])};
+  }
+  write_row<A, kPrecision>(p, rows, p.targets[row * p.targets_stride], row);
+}
+
 template void gradient_row(const DivergenceBackwardParams<float>&, int64_t);
-template void gradient_row(const DivergenceBackwardParams<double>&, int64_t);
 template void gradient_row(const DivergenceBackwardParams<BFloat16>&, int64_t);
 template void gradient_row(const DivergenceBackwardParams<Half>&, int64_t);
+#ifdef PYNAR_FLOAT64
+template void gradient_row(const DivergenceBackwardParams<double>&, int64_t);
+#endif
 
 }  // namespace pynar::PYNAR_ISA
 
@@ -179,7 +212,7 @@ constexpr const char* kName = "divergence_cross_entropy_backward";
 
 template <typename T>
 void divergence_cross_entropy_backward_cpu(const DivergenceBackwardParams<T>& p) {
-  const auto gradient_row = PYNAR_SELECT_KERNEL(gradient_row<T>);
+  const auto gradient_row = PYNAR_SELECT_KERNEL_OF(T, gradient_row<T>);
   parallel_for(p.rows, divergence_grain(p.vocabulary, p.heads), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) gradient_row(p, row);
   });
