@@ -126,7 +126,7 @@ class BlockAttention {
   // For q() of padded_rows(rows): sums() of the values by exp2(score - max), with the maximum and
   // the sum of the weights of each row.
   void run(const RowBlock& block, int64_t rows, const float* masks, A scale, A* max, A* total) {
-    with_at_least<1, 4, kBlockRows>(rows, [&](auto count) {
+    with_rows(rows, [&](auto count) {
       run_rows<decltype(count)::value>(block, rows, masks, scale, max, total);
     });
   }

@@ -122,7 +122,7 @@ class BlockGradients {
   // grad_q(), their own. `lse` and `mean`, g_i . out_i, are given for padded_rows(rows) rows.
   void run_block(const RowBlock& block, int64_t first, int64_t rows, const float* masks,
                  double scale, const A* lse, const A* mean) {
-    with_at_least<1, 4, kBlockRows>(rows, [&](auto count) {
+    with_rows(rows, [&](auto count) {
       run_rows<decltype(count)::value>(block, first, masks, scale, lse, mean);
     });
   }

@@ -20,7 +20,7 @@ constexpr int kBlockRows = 6;
 // Queries that a block of `rows` is computed as: few numbers, for which there are inner loops. What
 // comes of those that it has not is left.
 constexpr int64_t padded_rows(int64_t rows) {
-  return rows == 1 ? 1 : rows <= 4 ? 4 : kBlockRows;
+  return rows <= 2 ? rows : rows <= 4 ? 4 : kBlockRows;
 }
 
 // Channels in whole vectors of any instruction set.

@@ -24,6 +24,12 @@ inline void with_at_least(int64_t n, const Body& body) {
   body(Constant<kFirst>());
 }
 
+// Calls body(Constant<padded_rows(rows)>()).
+template <typename Body>
+inline void with_rows(int64_t rows, const Body& body) {
+  with_at_least<1, 2, 4, kBlockRows>(rows, body);
+}
+
 // Calls body(Constant<n>()) for n in [1, kMost].
 template <int kMost, typename Body>
 inline void with_constant(int64_t n, const Body& body) {
