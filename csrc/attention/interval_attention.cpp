@@ -18,10 +18,20 @@ struct AttentionKeys {
   int64_t dim;
   int64_t num_groups;
   const int64_t* keys;  // at each position
-  bool packed;          // whether they were, for several blocks
+  bool packed;          // for several blocks, or where they are not in the accumulation type
   A* scratch;           // attention_scratch() elements, aligned to 64 bytes
 
   int64_t positions() const { return num_groups * kKeyGroup; }
+  // The rows as they are, null where they are packed.
+  const A* k_rows() const { return as_they_are(k); }
+  const A* v_rows() const { return as_they_are(v); }
+
+ private:
+  static const A* as_they_are(const A* rows) { return rows; }
+  template <typename U>
+  static const A* as_they_are(const U*) {
+    return nullptr;
+  }
 };
 
 // One head of one tile.
@@ -60,13 +70,10 @@ PYNAR_DECLARE_KERNEL(template <typename T>
 namespace pynar::PYNAR_ISA {
 namespace {
 
-template <typename T, typename U>
-constexpr bool kSame = false;
-template <typename T>
-constexpr bool kSame<T, T> = true;
-
 template <typename A>
 constexpr A kLn2 = static_cast<A>(0.6931471805599453);
+template <typename A>
+constexpr A kLowest = -static_cast<A>(__builtin_huge_val());
 
 inline float logarithm(float x) {
   return __builtin_logf(x);
@@ -75,14 +82,22 @@ inline double logarithm(double x) {
   return __builtin_log(x);
 }
 
-template <typename T>
-class Attend {
+// What is done in the accumulation type with the keys of a family: compiled once for all element
+// types.
+template <typename A>
+class BlockAttention {
  public:
-  using A = accumulation_t<T>;
   using Vector = Simd<A>;
 
-  explicit Attend(const AttentionKeys<T>& keys)
-      : k_(keys),
+  template <typename T>
+  explicit BlockAttention(const AttentionKeys<T>& keys)
+      : k_(keys.k_rows()),
+        v_(keys.v_rows()),
+        k_stride_(keys.k_stride),
+        v_stride_(keys.v_stride),
+        keys_(keys.keys),
+        dim_(keys.dim),
+        packed_(keys.packed),
         positions_(keys.positions()),
         width_(round_up(keys.dim, Vector::kLanes)),
         stride_(positions_ + kKeyGroup) {
@@ -92,95 +107,58 @@ class Attend {
       next += count;
       return taken;
     };
-    packed_keys_ = take(positions_ * k_.dim);
+    packed_keys_ = take(positions_ * dim_);
     packed_values_ = take(positions_ * width_);
     scores_ = take(kBlockRows * stride_);
     sums_ = take(kBlockRows * width_);
     q_ = take(kBlockRows * width_);
   }
 
-  void pack() {
-    const auto rows = [&](const T* x, int64_t stride, int64_t g) {
-      return GroupRows<T>(x, stride, k_.keys + g * kKeyGroup);
-    };
-    for (int64_t g = 0; g < k_.num_groups; ++g) {
-      const int64_t next = g + 1 < k_.num_groups ? g + 1 : g;
-      prefetch(rows(k_.k, k_.k_stride, next), k_.dim);
-      prefetch(rows(k_.v, k_.v_stride, next), k_.dim);
-      if (k_.packed) {
-        pack_transposed(rows(k_.k, k_.k_stride, g), k_.dim, packed_keys_ + g * k_.dim * kKeyGroup);
-      }
-      if (packs_values()) {
-        pack_panels(k_.v, k_.v_stride, k_.keys, g * kKeyGroup, (g + 1) * kKeyGroup, positions_,
-                    k_.dim, width_, packed_values_);
-      }
-    }
-  }
+  int64_t width() const { return width_; }
+  int64_t positions() const { return positions_; }
+  // Where rows of values are not whole vectors they must be packed.
+  bool packs_values() const { return packed_ || width_ != dim_; }
+  A* packed_keys() const { return packed_keys_; }
+  A* packed_values() const { return packed_values_; }
+  A* q() const { return q_; }
+  const A* sums() const { return sums_; }
 
-  void run(const AttentionTile<T>& tile) {
-    const RowBlock* block = tile.blocks;
-    for (int64_t r = 0; r < tile.rows; r += kBlockRows, block += tile.block_step) {
-      with_constant<kBlockRows>(
-          tile.rows - r < kBlockRows ? tile.rows - r : kBlockRows,
-          [&](auto rows) { run_block<decltype(rows)::value>(tile, *block, r); });
-    }
+  // For q() of padded_rows(rows): sums() of the values by exp2(score - max), with the maximum and
+  // the sum of the weights of each row.
+  void run(const RowBlock& block, int64_t rows, const float* masks, A scale, A* max, A* total) {
+    with_rows(rows, [&](auto count) {
+      run_rows<decltype(count)::value>(block, rows, masks, scale, max, total);
+    });
   }
 
  private:
-  // Where rows of values are not whole vectors they must be packed.
-  bool packs_values() const { return k_.packed || width_ != k_.dim; }
-
   template <int kRows>
-  void run_block(const AttentionTile<T>& tile, const RowBlock& block, int64_t first) {
-    for (int r = 0; r < kRows; ++r) {
-      prefetch_output(tile.out + (first + r) * tile.out_stride, k_.dim);
-    }
-    score<kRows>(tile, block, first);
-    A max[kRows];
-    exponentiate<kRows>(tile, block, max);
+  void run_rows(const RowBlock& block, int64_t rows, const float* masks, A scale, A* max,
+                A* total) {
+    score<kRows>(block, scale);
+    exponentiate<kRows>(block, masks, max);
     sum<kRows>(0, block.runs.begin(), block.runs.end());
-    A total[kRows];
-    if (block.mixed) {
-      for (int r = 0; r < kRows; ++r) {
-        sum_ranges<1>(block.seen[r], scores_ + r * stride_, stride_, total + r);
-      }
-      // An infinity or NaN times the zero of a query that does not see it is NaN.
-      if (!is_finite(sums_, kRows * width_)) {
-        for (int r = 0; r < kRows; ++r) sum<1>(r, block.seen[r].begin(), block.seen[r].end());
-      }
-    } else {
-      sum_ranges<kRows>(block.seen[0], scores_, stride_, total);
+    if (!block.mixed) return sum_ranges<kRows>(block.seen[0], scores_, stride_, total);
+    for (int64_t r = 0; r < rows; ++r) {
+      sum_ranges<1>(block.seen[r], scores_ + r * stride_, stride_, total + r);
     }
-    for (int r = 0; r < kRows; ++r) {
-      finish(tile, first + r, sums_ + r * width_, total[r], max[r], block.seen[r].count > 0);
-    }
-    read_ahead(tile, first, first + kRows);
-  }
-
-  // Its share of what the blocks of a tile ask for. All at once it would have to be waited for.
-  void read_ahead(const AttentionTile<T>& tile, int64_t first, int64_t last) {
-    const int64_t count = tile.ahead.end - tile.ahead.begin;
-    const int64_t end = tile.ahead.begin + count * last / tile.rows;
-    for (int64_t i = tile.ahead.begin + count * first / tile.rows; i < end; ++i) {
-      prefetch_later(k_.next_k + k_.keys[i] * k_.k_stride, k_.dim);
-      prefetch_later(k_.next_v + k_.keys[i] * k_.v_stride, k_.dim);
+    // An infinity or NaN times the zero of a query that does not see it is NaN.
+    if (!is_finite(sums_, rows * width_)) {
+      for (int64_t r = 0; r < rows; ++r) sum<1>(r, block.seen[r].begin(), block.seen[r].end());
     }
   }
 
   template <int kRows>
-  void score(const AttentionTile<T>& tile, const RowBlock& block, int64_t first) {
-    const T* q = tile.q + first * tile.q_stride;
-    pack_rows(q, tile.q_stride, kRows, k_.dim, q_, width_);
-    const A scale = static_cast<A>(tile.scale * 1.4426950408889634);
-    if (k_.packed) {
+  void score(const RowBlock& block, A scale) {
+    if (packed_) {
       score_groups<kRows>(block.groups, static_cast<const A*>(q_), width_,
-                          static_cast<const A*>(packed_keys_), k_.dim, scale, scores_, stride_);
+                          static_cast<const A*>(packed_keys_), dim_, scale, scores_, stride_);
       return;
     }
     for (const Range& groups : block.groups) {
       for (int64_t g = groups.begin; g < groups.end; ++g) {
         score_direct<kRows>(static_cast<const A*>(q_), width_,
-                            GroupRows<T>(k_.k, k_.k_stride, k_.keys + g * kKeyGroup), k_.dim, scale,
+                            GroupRows<A>(k_, k_stride_, keys_ + g * kKeyGroup), dim_, scale,
                             scores_ + g * kKeyGroup, stride_);
       }
     }
@@ -188,17 +166,17 @@ class Attend {
 
   // Replaces the scores of the rows by 2^(score - max), and gives their maxima.
   template <int kRows>
-  void exponentiate(const AttentionTile<T>& tile, const RowBlock& block, A* greatest) {
+  void exponentiate(const RowBlock& block, const float* masks, A* greatest) {
     Vector max[kRows];
-    for (int r = 0; r < kRows; ++r) max[r] = Vector::broadcast(kLowest);
-    for_each_vector<kRows, A>(block, tile.masks, [&](int64_t j, const auto& mask) {
+    for (int r = 0; r < kRows; ++r) max[r] = Vector::broadcast(kLowest<A>);
+    for_each_vector<kRows, A>(block, masks, [&](int64_t j, const auto& mask) {
       for (int r = 0; r < kRows; ++r) {
         const Vector x = Vector::load(scores_ + r * stride_ + j);
-        max[r] = pynar::PYNAR_ISA::max(select(mask, r, x, Vector::broadcast(kLowest)), max[r]);
+        max[r] = pynar::PYNAR_ISA::max(select(mask, r, x, Vector::broadcast(kLowest<A>)), max[r]);
       }
     });
     for (int r = 0; r < kRows; ++r) greatest[r] = reduce_max(max[r]);
-    for_each_vector<kRows, A>(block, tile.masks, [&](int64_t j, const auto& mask) {
+    for_each_vector<kRows, A>(block, masks, [&](int64_t j, const auto& mask) {
       for (int r = 0; r < kRows; ++r) {
         A* x = scores_ + r * stride_ + j;
         const Vector y = sub(Vector::load(x), Vector::broadcast(greatest[r]));
@@ -221,8 +199,8 @@ class Attend {
       weighted_panels<kRows>(weights, stride_, static_cast<const A*>(packed_values_), positions_,
                              first_run, last_run, width_, out, width_);
     } else {
-      weighted_sums<kRows>(weights, stride_, k_.v, k_.v_stride, k_.keys, first_run, last_run,
-                           width_, out, width_);
+      weighted_sums<kRows>(weights, stride_, v_, v_stride_, keys_, first_run, last_run, width_, out,
+                           width_);
     }
   }
 
@@ -234,15 +212,12 @@ class Attend {
     return reduce_add(zero) == 0;
   }
 
-  void finish(const AttentionTile<T>& tile, int64_t row, const A* sums, A total, A max, bool sees) {
-    const A factor = sees ? A(1) / total : A(0);
-    store_scaled(sums, factor, k_.dim, tile.out + row * tile.out_stride);
-    tile.lse[row * tile.lse_stride] = sees ? max * kLn2<A> + logarithm(total) : kLowest;
-  }
-
-  static constexpr A kLowest = -static_cast<A>(__builtin_huge_val());
-
-  const AttentionKeys<T>& k_;
+  const A* k_;  // where they are not packed
+  const A* v_;
+  int64_t k_stride_, v_stride_;
+  const int64_t* keys_;  // at each position
+  int64_t dim_;
+  bool packed_;
   int64_t positions_;
   int64_t width_;
   int64_t stride_;    // of the scores, which leave room for a vector of zeros
@@ -251,6 +226,73 @@ class Attend {
   A* scores_;         // [kBlockRows, stride], then their exponentials
   A* sums_;           // [kBlockRows, width]
   A* q_;              // [kBlockRows, width]
+};
+
+template <typename T>
+class Attend {
+ public:
+  using A = accumulation_t<T>;
+
+  explicit Attend(const AttentionKeys<T>& keys) : k_(keys), blocks_(keys) {}
+
+  void pack() {
+    const auto rows = [&](const T* x, int64_t stride, int64_t g) {
+      return GroupRows<T>(x, stride, k_.keys + g * kKeyGroup);
+    };
+    for (int64_t g = 0; g < k_.num_groups; ++g) {
+      const int64_t next = g + 1 < k_.num_groups ? g + 1 : g;
+      prefetch(rows(k_.k, k_.k_stride, next), k_.dim);
+      prefetch(rows(k_.v, k_.v_stride, next), k_.dim);
+      if (k_.packed) {
+        pack_transposed(rows(k_.k, k_.k_stride, g), k_.dim,
+                        blocks_.packed_keys() + g * k_.dim * kKeyGroup);
+      }
+      if (blocks_.packs_values()) {
+        pack_panels(k_.v, k_.v_stride, k_.keys, g * kKeyGroup, (g + 1) * kKeyGroup,
+                    blocks_.positions(), k_.dim, blocks_.width(), blocks_.packed_values());
+      }
+    }
+  }
+
+  void run(const AttentionTile<T>& tile) {
+    const RowBlock* block = tile.blocks;
+    for (int64_t r = 0; r < tile.rows; r += kBlockRows, block += tile.block_step) {
+      run_block(tile, *block, r, tile.rows - r < kBlockRows ? tile.rows - r : kBlockRows);
+    }
+  }
+
+ private:
+  void run_block(const AttentionTile<T>& tile, const RowBlock& block, int64_t first, int64_t rows) {
+    T* out = tile.out + first * tile.out_stride;
+    for (int64_t r = 0; r < rows; ++r) prefetch_output(out + r * tile.out_stride, k_.dim);
+    pack_rows(tile.q + first * tile.q_stride, tile.q_stride, rows, padded_rows(rows), k_.dim,
+              blocks_.q(), blocks_.width());
+    A max[kBlockRows];
+    A total[kBlockRows];
+    blocks_.run(block, rows, tile.masks, static_cast<A>(tile.scale * 1.4426950408889634), max,
+                total);
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool sees = block.seen[r].count > 0;
+      store_scaled(blocks_.sums() + r * blocks_.width(), sees ? A(1) / total[r] : A(0), k_.dim,
+                   out + r * tile.out_stride);
+      tile.lse[(first + r) * tile.lse_stride] =
+          sees ? max[r] * kLn2<A> + logarithm(total[r]) : kLowest<A>;
+    }
+    read_ahead(tile, first, first + rows);
+  }
+
+  // Its share of what the blocks of a tile ask for. All at once it would have to be waited for.
+  void read_ahead(const AttentionTile<T>& tile, int64_t first, int64_t last) {
+    const int64_t count = tile.ahead.end - tile.ahead.begin;
+    const int64_t end = tile.ahead.begin + count * last / tile.rows;
+    for (int64_t i = tile.ahead.begin + count * first / tile.rows; i < end; ++i) {
+      prefetch_later(k_.next_k + k_.keys[i] * k_.k_stride, k_.dim);
+      prefetch_later(k_.next_v + k_.keys[i] * k_.v_stride, k_.dim);
+    }
+  }
+
+  const AttentionKeys<T>& k_;
+  BlockAttention<A> blocks_;
 };
 
 }  // namespace
@@ -265,14 +307,16 @@ void attend(const AttentionKeys<T>& keys, const AttentionTile<T>& tile) {
   Attend<T>(keys).run(tile);
 }
 
-template void pack_keys(const AttentionKeys<float>&);
-template void pack_keys(const AttentionKeys<double>&);
-template void pack_keys(const AttentionKeys<BFloat16>&);
-template void pack_keys(const AttentionKeys<Half>&);
-template void attend(const AttentionKeys<float>&, const AttentionTile<float>&);
-template void attend(const AttentionKeys<double>&, const AttentionTile<double>&);
-template void attend(const AttentionKeys<BFloat16>&, const AttentionTile<BFloat16>&);
-template void attend(const AttentionKeys<Half>&, const AttentionTile<Half>&);
+#define PYNAR_ATTENTION(T)                          \
+  template void pack_keys(const AttentionKeys<T>&); \
+  template void attend(const AttentionKeys<T>&, const AttentionTile<T>&);
+PYNAR_ATTENTION(float)
+PYNAR_ATTENTION(BFloat16)
+PYNAR_ATTENTION(Half)
+#ifdef PYNAR_FLOAT64
+PYNAR_ATTENTION(double)
+#endif
+#undef PYNAR_ATTENTION
 
 }  // namespace pynar::PYNAR_ISA
 
@@ -280,6 +324,7 @@ template void attend(const AttentionKeys<Half>&, const AttentionTile<Half>&);
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 
 #include "attention/interval_arguments.h"
 #include "common/parallel.h"
@@ -305,8 +350,8 @@ void interval_attention_cpu(const IntervalAttentionParams<T>& p) {
   const IntervalView view = interval_view(p.intervals, p.sizes);
   const TileList tiles(Check(kName), view);
   const TileFamilies families(tiles, view, family_rows(p.sizes));
-  const auto pack_keys = PYNAR_SELECT_KERNEL(pack_keys<T>);
-  const auto attend = PYNAR_SELECT_KERNEL(attend<T>);
+  const auto pack_keys = PYNAR_SELECT_KERNEL_OF(T, pack_keys<T>);
+  const auto attend = PYNAR_SELECT_KERNEL_OF(T, attend<T>);
   const int64_t heads = p.sizes.heads;
   const int64_t work = heads * families.total();
   parallel_for(work, attention_grain(p.sizes), [&](int64_t first, int64_t last) {
@@ -331,7 +376,7 @@ void interval_attention_cpu(const IntervalAttentionParams<T>& p) {
       keys.dim = p.sizes.dim;
       keys.num_groups = plan.num_groups();
       keys.keys = plan.keys();
-      keys.packed = family.rows > kBlockRows;
+      keys.packed = family.rows > kBlockRows || !std::is_same_v<T, A>;
       keys.scratch = scratch.get<A>(attention_scratch(keys.num_groups, keys.dim));
       pack_keys(keys);
       int64_t rows = 0;

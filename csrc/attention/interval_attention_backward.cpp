@@ -17,7 +17,7 @@ struct AttentionBackwardKeys {
   int64_t dim;
   int64_t num_keys, num_groups;
   const int64_t* keys;  // at each position
-  int64_t rows;         // of the longest tile
+  int64_t rows;         // of the longest tile, in whole blocks
   A* scratch;           // attention_backward_scratch() elements, aligned to 64 bytes
   A* grad_k;            // [positions, width], added to
   A* grad_v;
@@ -76,14 +76,20 @@ PYNAR_DECLARE_KERNEL(template <typename T> void store_rows(const accumulation_t<
 namespace pynar::PYNAR_ISA {
 namespace {
 
-template <typename T>
-class AttendBackward {
+// What is done in the accumulation type with the keys of a family: compiled once for all element
+// types.
+template <typename A>
+class BlockGradients {
  public:
-  using A = accumulation_t<T>;
   using Vector = Simd<A>;
 
-  explicit AttendBackward(const AttentionBackwardKeys<T>& keys)
-      : k_(keys),
+  template <typename T>
+  explicit BlockGradients(const AttentionBackwardKeys<T>& keys)
+      : grad_k_(keys.grad_k),
+        grad_v_(keys.grad_v),
+        dim_(keys.dim),
+        num_keys_(keys.num_keys),
+        num_groups_(keys.num_groups),
         positions_(keys.positions()),
         width_(attention_width(keys.dim)),
         stride_(attention_weights_stride(keys.num_groups)) {
@@ -94,14 +100,127 @@ class AttendBackward {
       return taken;
     };
     keys_ = take(positions_ * width_);
-    transposed_keys_ = take(positions_ * k_.dim);
-    transposed_values_ = take(positions_ * k_.dim);
-    q_ = take(k_.rows * width_);
-    grad_out_ = take(k_.rows * width_);
+    transposed_keys_ = take(positions_ * dim_);
+    transposed_values_ = take(positions_ * dim_);
+    q_ = take(keys.rows * width_);
+    grad_out_ = take(keys.rows * width_);
     grad_q_ = take(kBlockRows * width_);
-    weights_ = take(k_.rows * stride_);
-    grad_scores_ = take(k_.rows * stride_);
+    weights_ = take(keys.rows * stride_);
+    grad_scores_ = take(keys.rows * stride_);
   }
+
+  int64_t width() const { return width_; }
+  int64_t positions() const { return positions_; }
+  A* keys() const { return keys_; }
+  A* transposed_keys() const { return transposed_keys_; }
+  A* transposed_values() const { return transposed_values_; }
+  A* q() const { return q_; }
+  A* grad_out() const { return grad_out_; }
+  const A* grad_q() const { return grad_q_; }
+
+  // The weights of a block's queries, from `first` on, the gradients of their scores, and, in
+  // grad_q(), their own. `lse` and `mean`, g_i . out_i, are given for padded_rows(rows) rows.
+  void run_block(const RowBlock& block, int64_t first, int64_t rows, const float* masks,
+                 double scale, const A* lse, const A* mean) {
+    with_rows(rows, [&](auto count) {
+      run_rows<decltype(count)::value>(block, first, masks, scale, lse, mean);
+    });
+  }
+
+  // The share of a tile's queries in the gradients of the keys, of each group for the queries
+  // group_rows[starts[g]] to group_rows[starts[g + 1]].
+  void run_keys(const Range* group_rows, const int64_t* starts) {
+    for (int64_t g = 0; g < num_groups_; ++g) {
+      if (starts[g] == starts[g + 1]) continue;
+      const int64_t begin = g * kKeyGroup;
+      const int64_t end = begin + kKeyGroup < num_keys_ ? begin + kKeyGroup : num_keys_;
+      for (int64_t j = begin; j < end;) {
+        // Sixteen are 6 + 6 + 4. Beside the last of all keys there is room up to a whole group.
+        with_at_least<4, kBlockRows>(end - j, [&](auto keys) {
+          add_keys<decltype(keys)::value>(j, group_rows + starts[g], group_rows + starts[g + 1]);
+          j += decltype(keys)::value;
+        });
+      }
+    }
+  }
+
+ private:
+  template <int kRows>
+  void run_rows(const RowBlock& block, int64_t first, const float* masks, double scale,
+                const A* lse, const A* mean) {
+    A* weights = weights_ + first * stride_;
+    A* grad_scores = grad_scores_ + first * stride_;
+    score_groups<kRows>(block.groups, static_cast<const A*>(q_ + first * width_), width_,
+                        static_cast<const A*>(transposed_keys_), dim_,
+                        static_cast<A>(scale * 1.4426950408889634), weights, stride_);
+    score_groups<kRows>(block.groups, static_cast<const A*>(grad_out_ + first * width_), width_,
+                        static_cast<const A*>(transposed_values_), dim_, A(1), grad_scores,
+                        stride_);
+    finish_scores<kRows>(block, masks, static_cast<A>(scale), lse, mean, weights, grad_scores);
+    weighted_panels<kRows>(grad_scores, stride_, static_cast<const A*>(keys_), positions_,
+                           block.runs.begin(), block.runs.end(), width_, grad_q_, width_);
+  }
+
+  // Turns scores into weights, and gradients of weights into those of scores.
+  template <int kRows>
+  void finish_scores(const RowBlock& block, const float* masks, A by, const A* lse, const A* mean,
+                     A* block_weights, A* block_grad_scores) {
+    A offset[kRows];
+    for (int r = 0; r < kRows; ++r) offset[r] = lse[r] * kLog2E<A>;
+    const Vector scale = Vector::broadcast(by);
+    for_each_vector<kRows, A>(block, masks, [&](int64_t j, const auto& mask) {
+      for (int r = 0; r < kRows; ++r) {
+        A* weights = block_weights + r * stride_ + j;
+        A* grad_scores = block_grad_scores + r * stride_ + j;
+        const Vector p =
+            exp2<Precision::kFull>(sub(Vector::load(weights), Vector::broadcast(offset[r])));
+        const Vector difference = sub(Vector::load(grad_scores), Vector::broadcast(mean[r]));
+        const Vector zero = Vector::broadcast(0);
+        select(mask, r, p, zero).store(weights);
+        select(mask, r, mul(mul(p, scale), difference), zero).store(grad_scores);
+      }
+    });
+  }
+
+  template <int kKeys>
+  void add_keys(int64_t first, const Range* rows, const Range* last) {
+    A* grad_k = grad_k_ + first * width_;
+    A* grad_v = grad_v_ + first * width_;
+    for_each_part<A>(width_, [&](int64_t c, auto vectors) {
+      constexpr int kVectors = decltype(vectors)::value;
+      add_weighted_rows<kKeys, kVectors>(weights_ + first, stride_,
+                                         static_cast<const A*>(grad_out_ + c), width_, rows, last,
+                                         grad_v + c, width_);
+      add_weighted_rows<kKeys, kVectors>(grad_scores_ + first, stride_,
+                                         static_cast<const A*>(q_ + c), width_, rows, last,
+                                         grad_k + c, width_);
+    });
+  }
+
+  A* grad_k_;  // [positions, width]
+  A* grad_v_;
+  int64_t dim_;
+  int64_t num_keys_, num_groups_;
+  int64_t positions_;
+  int64_t width_;
+  int64_t stride_;
+  A* keys_;               // see pack_panels()
+  A* transposed_keys_;    // [groups, dim, kKeyGroup]
+  A* transposed_values_;  // [groups, dim, kKeyGroup]
+  A* q_;                  // [rows, width]
+  A* grad_out_;           // [rows, width]
+  A* grad_q_;             // [kBlockRows, width]
+  A* weights_;            // [rows, stride], first the scores
+  A* grad_scores_;        // [rows, stride], first the gradients of the weights
+};
+
+template <typename T>
+class AttendBackward {
+ public:
+  using A = accumulation_t<T>;
+  using Vector = Simd<A>;
+
+  explicit AttendBackward(const AttentionBackwardKeys<T>& keys) : k_(keys), blocks_(keys) {}
 
   void pack() {
     const auto rows = [&](const T* x, int64_t stride, int64_t g) {
@@ -112,60 +231,47 @@ class AttendBackward {
       prefetch(rows(k_.k, k_.k_stride, next), k_.dim);
       prefetch(rows(k_.v, k_.v_stride, next), k_.dim);
       const int64_t at = g * k_.dim * kKeyGroup;
-      pack_transposed(rows(k_.k, k_.k_stride, g), k_.dim, transposed_keys_ + at);
-      pack_transposed(rows(k_.v, k_.v_stride, g), k_.dim, transposed_values_ + at);
-      pack_panels(k_.k, k_.k_stride, k_.keys, g * kKeyGroup, (g + 1) * kKeyGroup, positions_,
-                  k_.dim, width_, keys_);
+      pack_transposed(rows(k_.k, k_.k_stride, g), k_.dim, blocks_.transposed_keys() + at);
+      pack_transposed(rows(k_.v, k_.v_stride, g), k_.dim, blocks_.transposed_values() + at);
+      pack_panels(k_.k, k_.k_stride, k_.keys, g * kKeyGroup, (g + 1) * kKeyGroup,
+                  blocks_.positions(), k_.dim, blocks_.width(), blocks_.keys());
     }
   }
 
   void run(const AttentionBackwardTile<T>& tile) {
-    pack_rows(tile.q, tile.q_stride, tile.rows, k_.dim, q_, width_);
-    pack_rows(tile.grad_out, tile.grad_out_stride, tile.rows, k_.dim, grad_out_, width_);
+    const int64_t rows = tile.rows;
+    const int64_t width = blocks_.width();
+    pack_rows(tile.q, tile.q_stride, rows, k_.rows, k_.dim, blocks_.q(), width);
+    pack_rows(tile.grad_out, tile.grad_out_stride, rows, k_.rows, k_.dim, blocks_.grad_out(),
+              width);
     const RowBlock* block = tile.blocks;
-    for (int64_t r = 0; r < tile.rows; r += kBlockRows, block += tile.block_step) {
-      with_constant<kBlockRows>(
-          tile.rows - r < kBlockRows ? tile.rows - r : kBlockRows,
-          [&](auto rows) { run_block<decltype(rows)::value>(tile, *block, r); });
+    for (int64_t r = 0; r < rows; r += kBlockRows, block += tile.block_step) {
+      run_block(tile, *block, r, rows - r < kBlockRows ? rows - r : kBlockRows);
     }
-    for (int64_t g = 0; g < k_.num_groups; ++g) {
-      const int64_t* starts = tile.group_starts + g;
-      if (starts[0] == starts[1]) continue;
-      const int64_t begin = g * kKeyGroup;
-      const int64_t end = begin + kKeyGroup < k_.num_keys ? begin + kKeyGroup : k_.num_keys;
-      for (int64_t j = begin; j < end; j += kBlockRows) {
-        with_constant<kBlockRows>(end - j < kBlockRows ? end - j : kBlockRows, [&](auto keys) {
-          run_keys<decltype(keys)::value>(j, tile.group_rows + starts[0],
-                                          tile.group_rows + starts[1]);
-        });
-      }
-    }
+    blocks_.run_keys(tile.group_rows, tile.group_starts);
   }
 
  private:
-  // The weights of a block's queries, the gradients of their scores, and their own.
-  template <int kRows>
-  void run_block(const AttentionBackwardTile<T>& tile, const RowBlock& block, int64_t first) {
-    for (int64_t r = first; r < first + kRows; ++r) {
-      prefetch_row(tile.out + r * tile.out_stride, k_.dim);
-      prefetch_output(tile.grad_q + r * tile.grad_q_stride, k_.dim);
+  void run_block(const AttentionBackwardTile<T>& tile, const RowBlock& block, int64_t first,
+                 int64_t rows) {
+    const T* out = tile.out + first * tile.out_stride;
+    T* grad_q = tile.grad_q + first * tile.grad_q_stride;
+    for (int64_t r = 0; r < rows; ++r) {
+      prefetch_row(out + r * tile.out_stride, k_.dim);
+      prefetch_output(grad_q + r * tile.grad_q_stride, k_.dim);
     }
-    A* weights = weights_ + first * stride_;
-    A* grad_scores = grad_scores_ + first * stride_;
-    score_groups<kRows>(block.groups, static_cast<const A*>(q_ + first * width_), width_,
-                        static_cast<const A*>(transposed_keys_), k_.dim,
-                        static_cast<A>(tile.scale * 1.4426950408889634), weights, stride_);
-    score_groups<kRows>(block.groups, static_cast<const A*>(grad_out_ + first * width_), width_,
-                        static_cast<const A*>(transposed_values_), k_.dim, A(1), grad_scores,
-                        stride_);
-    finish_scores<kRows>(tile, block, first);
-    weighted_panels<kRows>(grad_scores, stride_, static_cast<const A*>(keys_), positions_,
-                           block.runs.begin(), block.runs.end(), width_, grad_q_, width_);
-    for (int r = 0; r < kRows; ++r) {
-      store_scaled(grad_q_ + r * width_, A(1), k_.dim,
-                   tile.grad_q + (first + r) * tile.grad_q_stride);
+    const int64_t width = blocks_.width();
+    A lse[kBlockRows] = {};
+    A mean[kBlockRows] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      lse[r] = tile.lse[(first + r) * tile.lse_stride];
+      mean[r] = dot(blocks_.grad_out() + (first + r) * width, out + r * tile.out_stride);
     }
-    read_ahead(tile, first, first + kRows);
+    blocks_.run_block(block, first, rows, tile.masks, tile.scale, lse, mean);
+    for (int64_t r = 0; r < rows; ++r) {
+      store_scaled(blocks_.grad_q() + r * width, A(1), k_.dim, grad_q + r * tile.grad_q_stride);
+    }
+    read_ahead(tile, first, first + rows);
   }
 
   // Its share of what the blocks of a tile ask for.
@@ -176,30 +282,6 @@ class AttendBackward {
       prefetch_later(k_.next_k + k_.keys[i] * k_.k_stride, k_.dim);
       prefetch_later(k_.next_v + k_.keys[i] * k_.v_stride, k_.dim);
     }
-  }
-
-  // Turns scores into weights, and gradients of weights into those of scores.
-  template <int kRows>
-  void finish_scores(const AttentionBackwardTile<T>& tile, const RowBlock& block, int64_t first) {
-    A offset[kRows];
-    A mean[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      offset[r] = tile.lse[(first + r) * tile.lse_stride] * kLog2E<A>;
-      mean[r] = dot(grad_out_ + (first + r) * width_, tile.out + (first + r) * tile.out_stride);
-    }
-    const Vector scale = Vector::broadcast(static_cast<A>(tile.scale));
-    for_each_vector<kRows, A>(block, tile.masks, [&](int64_t j, const auto& mask) {
-      for (int r = 0; r < kRows; ++r) {
-        A* weights = weights_ + (first + r) * stride_ + j;
-        A* grad_scores = grad_scores_ + (first + r) * stride_ + j;
-        const Vector p =
-            exp2<Precision::kFull>(sub(Vector::load(weights), Vector::broadcast(offset[r])));
-        const Vector difference = sub(Vector::load(grad_scores), Vector::broadcast(mean[r]));
-        const Vector zero = Vector::broadcast(0);
-        select(mask, r, p, zero).store(weights);
-        select(mask, r, mul(mul(p, scale), difference), zero).store(grad_scores);
-      }
-    });
   }
 
   A dot(const A* x, const T* y) const {
@@ -213,34 +295,8 @@ class AttendBackward {
     return product;
   }
 
-  // The share of the tile's queries `rows` in the gradients of the keys at `first` and after.
-  template <int kKeys>
-  void run_keys(int64_t first, const Range* rows, const Range* last) {
-    A* grad_k = k_.grad_k + first * width_;
-    A* grad_v = k_.grad_v + first * width_;
-    for_each_part<A>(width_, [&](int64_t c, auto vectors) {
-      constexpr int kVectors = decltype(vectors)::value;
-      add_weighted_rows<kKeys, kVectors>(weights_ + first, stride_,
-                                         static_cast<const A*>(grad_out_ + c), width_, rows, last,
-                                         grad_v + c, width_);
-      add_weighted_rows<kKeys, kVectors>(grad_scores_ + first, stride_,
-                                         static_cast<const A*>(q_ + c), width_, rows, last,
-                                         grad_k + c, width_);
-    });
-  }
-
   const AttentionBackwardKeys<T>& k_;
-  int64_t positions_;
-  int64_t width_;
-  int64_t stride_;
-  A* keys_;               // see pack_panels()
-  A* transposed_keys_;    // [groups, dim, kKeyGroup]
-  A* transposed_values_;  // [groups, dim, kKeyGroup]
-  A* q_;                  // [rows, width]
-  A* grad_out_;           // [rows, width]
-  A* grad_q_;             // [kBlockRows, width]
-  A* weights_;            // [rows, stride], first the scores
-  A* grad_scores_;        // [rows, stride], first the gradients of the weights
+  BlockGradients<A> blocks_;
 };
 
 }  // namespace
@@ -269,9 +325,11 @@ void store_rows(const accumulation_t<T>* x, const int64_t* rows, int64_t count, 
   template void attend_backward(const AttentionBackwardKeys<T>&, const AttentionBackwardTile<T>&); \
   template void store_rows(const accumulation_t<T>*, const int64_t*, int64_t, int64_t, T*, int64_t);
 PYNAR_ATTENTION_BACKWARD(float)
-PYNAR_ATTENTION_BACKWARD(double)
 PYNAR_ATTENTION_BACKWARD(BFloat16)
 PYNAR_ATTENTION_BACKWARD(Half)
+#ifdef PYNAR_FLOAT64
+PYNAR_ATTENTION_BACKWARD(double)
+#endif
 #undef PYNAR_ATTENTION_BACKWARD
 
 }  // namespace pynar::PYNAR_ISA
@@ -317,9 +375,9 @@ void interval_attention_backward_cpu(const IntervalAttentionBackwardParams<T>& p
   const TileList tiles(Check(kName), view);
   // Not cut: the gradient of a key is one sum.
   const TileFamilies families(tiles, view, std::numeric_limits<int64_t>::max());
-  const auto pack_backward = PYNAR_SELECT_KERNEL(pack_backward<T>);
-  const auto attend_backward = PYNAR_SELECT_KERNEL(attend_backward<T>);
-  const auto store_rows = PYNAR_SELECT_KERNEL(store_rows<T>);
+  const auto pack_backward = PYNAR_SELECT_KERNEL_OF(T, pack_backward<T>);
+  const auto attend_backward = PYNAR_SELECT_KERNEL_OF(T, attend_backward<T>);
+  const auto store_rows = PYNAR_SELECT_KERNEL_OF(T, store_rows<T>);
   const int64_t heads = p.sizes.heads;
   const int64_t dim = p.sizes.dim;
   const int64_t work = heads * families.total();
@@ -354,8 +412,9 @@ void interval_attention_backward_cpu(const IntervalAttentionBackwardParams<T>& p
       for (const TileBlocks& blocks : plan.tiles()) {
         keys.rows = std::max(keys.rows, blocks.span->rows);
       }
+      keys.rows = (keys.rows + kBlockRows - 1) / kBlockRows * kBlockRows;
       keys.scratch = scratch.get<A>(attention_backward_scratch(keys.num_groups, keys.rows, dim));
-      const int64_t size = keys.num_keys * attention_width(dim);
+      const int64_t size = keys.positions() * attention_width(dim);
       keys.grad_k = gradients.get<A>(2 * size);
       keys.grad_v = keys.grad_k + size;
       std::fill_n(keys.grad_k, 2 * size, A(0));

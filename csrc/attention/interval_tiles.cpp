@@ -186,9 +186,10 @@ void TilePlan::place(const Ranges<kMaxIntervals>& row, Ranges<kMaxIntervals>& se
 // What each query of a block sees of a group.
 void TilePlan::add_mask(const RowBlock& block, int64_t rows, int64_t group) {
   const int64_t begin = group * kKeyGroup;
+  const size_t first = masks_.size();
+  masks_.resize(first + (block.mixed ? padded_rows(rows) : 1) * kKeyGroup, 0.f);
   for (int64_t r = 0; r < (block.mixed ? rows : 1); ++r) {
-    masks_.resize(masks_.size() + kKeyGroup, 0.f);
-    float* mask = masks_.data() + masks_.size() - kKeyGroup;
+    float* mask = masks_.data() + first + r * kKeyGroup;
     for (const Range& range : block.seen[r]) {
       const int64_t end = std::min<int64_t>(range.end - begin, kKeyGroup);
       for (int64_t i = std::max<int64_t>(range.begin - begin, 0); i < end; ++i) mask[i] = -1.f;

@@ -17,6 +17,12 @@ constexpr int kKeyGroup = 16;
 // six times four AVX-512.
 constexpr int kBlockRows = 6;
 
+// Queries that a block of `rows` is computed as: few numbers, for which there are inner loops. What
+// comes of those that it has not is left.
+constexpr int64_t padded_rows(int64_t rows) {
+  return rows <= 2 ? rows : rows <= 4 ? 4 : kBlockRows;
+}
+
 // Channels in whole vectors of any instruction set.
 constexpr int64_t attention_width(int64_t dim) {
   return (dim + 15) / 16 * 16;
@@ -39,7 +45,8 @@ struct Ranges {
 struct GroupRun {
   int64_t begin, end;
   // Where not, the element of TilePlan::masks() from where on the groups have kKeyGroup numbers for
-  // each query, or for all of them if they do not differ: -1 for what it sees and 0 for the rest.
+  // each of padded_rows() queries, or for all of them if they do not differ: -1 for what it sees
+  // and 0 for the rest.
   int64_t mask;
 
   bool masked() const { return mask >= 0; }

@@ -15,6 +15,21 @@ struct Constant {
   static constexpr int value = kValue;
 };
 
+// Calls body(Constant<count>()) for the first of ascending counts that is not below n, or the last.
+template <int kFirst, int... kMore, typename Body>
+inline void with_at_least(int64_t n, const Body& body) {
+  if constexpr (sizeof...(kMore) > 0) {
+    if (n > kFirst) return with_at_least<kMore...>(n, body);
+  }
+  body(Constant<kFirst>());
+}
+
+// Calls body(Constant<padded_rows(rows)>()).
+template <typename Body>
+inline void with_rows(int64_t rows, const Body& body) {
+  with_at_least<1, 2, 4, kBlockRows>(rows, body);
+}
+
 // Calls body(Constant<n>()) for n in [1, kMost].
 template <int kMost, typename Body>
 inline void with_constant(int64_t n, const Body& body) {
@@ -130,14 +145,16 @@ inline void pack_row(const T* row, int64_t dim, int64_t width, A* packed) {
   for (; c < width; ++c) packed[c] = 0;
 }
 
-// packed[row][channel], rows filled up with zeros. Asks for the rows of the block after.
+// packed[row][channel], rows filled up with zeros, and after `num_rows` more zeros up to `capacity`
+// rows. Asks for the rows of the block after.
 template <typename A, typename T>
-inline void pack_rows(const T* x, int64_t stride, int64_t num_rows, int64_t dim, A* packed,
-                      int64_t width) {
+inline void pack_rows(const T* x, int64_t stride, int64_t num_rows, int64_t capacity, int64_t dim,
+                      A* packed, int64_t width) {
   for (int64_t i = 0; i < num_rows; ++i) {
     prefetch_row(x + (i + kBlockRows) * stride, dim);
     pack_row(x + i * stride, dim, width, packed + i * width);
   }
+  for (int64_t c = num_rows * width; c < capacity * width; ++c) packed[c] = 0;
 }
 
 // packed[panel][row][channel of the panel] for the rows [first, last) of `num_rows`: what a
@@ -195,8 +212,8 @@ inline void score_packed(const A* x, int64_t x_stride, const A* y, int64_t dim, 
 }
 
 // The same for one group of rows y as they are, without a transposed copy.
-template <int kRows, typename A, typename T>
-inline void score_direct(const A* x, int64_t x_stride, const GroupRows<T>& y, int64_t dim, A scale,
+template <int kRows, typename A>
+inline void score_direct(const A* x, int64_t x_stride, const GroupRows<A>& y, int64_t dim, A scale,
                          A* scores, int64_t scores_stride) {
   using Vector = Simd<A>;
   Vector sum[kRows][kGroupVectors<A>];
@@ -236,8 +253,8 @@ inline void score_groups(const Ranges<kCapacity>& runs, const A* x, int64_t x_st
 // out[r][c] = sum_j weights[r][j] y[j][c] over the positions j of `runs`, for kRows rows and
 // kVectors vectors of channels. `keys` gives the row of y at a position; null where that is the
 // position itself.
-template <int kRows, int kVectors, typename A, typename S>
-inline void weighted_sum(const A* weights, int64_t weights_stride, const S* y, int64_t y_stride,
+template <int kRows, int kVectors, typename A>
+inline void weighted_sum(const A* weights, int64_t weights_stride, const A* y, int64_t y_stride,
                          const int64_t* keys, const Range* first_run, const Range* last_run, A* out,
                          int64_t out_stride) {
   using Vector = Simd<A>;
@@ -247,7 +264,7 @@ inline void weighted_sum(const A* weights, int64_t weights_stride, const S* y, i
   }
   for (const Range* run = first_run; run != last_run; ++run) {
     for (int64_t j = run->begin; j < run->end; ++j) {
-      const S* row = y + (keys != nullptr ? keys[j] : j) * y_stride;
+      const A* row = y + (keys != nullptr ? keys[j] : j) * y_stride;
       Vector value[kVectors];
       for (int v = 0; v < kVectors; ++v) value[v] = Vector::load(row + v * Vector::kLanes);
       for (int r = 0; r < kRows; ++r) {
@@ -262,8 +279,8 @@ inline void weighted_sum(const A* weights, int64_t weights_stride, const S* y, i
 }
 
 // weighted_sum() over `width` channels, a multiple of the lanes, of the rows `keys` of y.
-template <int kRows, typename A, typename S>
-inline void weighted_sums(const A* weights, int64_t weights_stride, const S* y, int64_t y_stride,
+template <int kRows, typename A>
+inline void weighted_sums(const A* weights, int64_t weights_stride, const A* y, int64_t y_stride,
                           const int64_t* keys, const Range* first_run, const Range* last_run,
                           int64_t width, A* out, int64_t out_stride) {
   for_each_part<A>(width, [&](int64_t c, auto vectors) {

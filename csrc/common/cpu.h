@@ -1,7 +1,11 @@
 // Which instruction set the CPU kernels use, chosen at run time.
 #pragma once
 
+// The kernels need but their declarations.
+#ifndef PYNAR_ISA
+
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace pynar {
@@ -22,6 +26,8 @@ std::vector<Isa> available_isas();
 void set_isa(const std::string& name);
 
 }  // namespace pynar
+
+#endif
 
 // Declares a kernel that each instruction set defines in its own namespace, see csrc/README.md.
 // avx512_vnni is compiled for those alone that PYNAR_SELECT_DOT_KERNEL chooses: the ones that have
@@ -46,6 +52,15 @@ void set_isa(const std::string& name);
                                            : generic::name)
 #define PYNAR_SELECT_DOT_KERNEL(name) \
   (::pynar::isa() == ::pynar::Isa::kAvx512Vnni ? avx512_vnni::name : PYNAR_SELECT_KERNEL(name))
+// For kernels of an element type: float64, which serves gradcheck, is compiled for generic alone.
+#define PYNAR_SELECT_KERNEL_OF(T, name)        \
+  [] {                                         \
+    if constexpr (std::is_same_v<T, double>) { \
+      return &generic::name;                   \
+    } else {                                   \
+      return PYNAR_SELECT_KERNEL(name);        \
+    }                                          \
+  }()
 #else
 #define PYNAR_DECLARE_KERNEL(declaration) \
   namespace generic {                     \
@@ -53,4 +68,5 @@ void set_isa(const std::string& name);
   }
 #define PYNAR_SELECT_KERNEL(name) (generic::name)
 #define PYNAR_SELECT_DOT_KERNEL(name) (generic::name)
+#define PYNAR_SELECT_KERNEL_OF(T, name) (generic::name)
 #endif

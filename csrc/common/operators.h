@@ -59,20 +59,21 @@ struct LaunchPlan {
   }
 
   // Adds the kernel pynar::name<threads>.
-  void add(const std::string& name, int64_t threads, int64_t blocks) {
-    kernels.push_back({"pynar::" + name + "<" + std::to_string(threads) + ">", blocks, threads});
-  }
+  void add(const std::string& name, int64_t threads, int64_t blocks);
   // Adds the kernel pynar::name<T, number>.
   template <typename T>
   void add(const std::string& name, int64_t number, int64_t threads, int64_t blocks) {
-    const std::string arguments = std::string(kTypeName<T>) + ", " + std::to_string(number);
-    kernels.push_back({"pynar::" + name + "<" + arguments + ">", blocks, threads});
+    add_typed(name, kTypeName<T>, number, threads, blocks);
   }
   // Adds the kernel pynar::name<T, threads>.
   template <typename T>
   void add(const std::string& name, int64_t threads, int64_t blocks) {
     add<T>(name, threads, threads, blocks);
   }
+
+ private:
+  void add_typed(const std::string& name, const char* type, int64_t number, int64_t threads,
+                 int64_t blocks);
 };
 
 // Whether to take the NVRTC route although the kernels were compiled ahead of time; for tests.

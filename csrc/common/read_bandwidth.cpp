@@ -29,6 +29,7 @@ float read_range(const float* x, int64_t n) {
 #else
 
 #include "common/parallel.h"
+#include "common/tensor.h"
 
 namespace pynar {
 

@@ -1,10 +1,13 @@
 // The roof that the benchmarks hold memory-bound kernels against.
 #pragma once
 
+#include <cstdint>
+
 #include "common/cpu.h"
-#include "common/tensor.h"
 
 namespace pynar {
+
+class Tensor;
 
 // Reads every byte of a contiguous float32 tensor once, on all threads, and returns the sum of
 // its elements, in no particular order.

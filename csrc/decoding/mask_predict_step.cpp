@@ -153,9 +153,11 @@ BestSymbol<T> best_symbol(const T* logits, int64_t size) {
 }
 
 template BestSymbol<float> best_symbol(const float*, int64_t);
-template BestSymbol<double> best_symbol(const double*, int64_t);
 template BestSymbol<BFloat16> best_symbol(const BFloat16*, int64_t);
 template BestSymbol<Half> best_symbol(const Half*, int64_t);
+#ifdef PYNAR_FLOAT64
+template BestSymbol<double> best_symbol(const double*, int64_t);
+#endif
 
 }  // namespace pynar::PYNAR_ISA
 
@@ -205,7 +207,7 @@ void mask_predict_step_cpu(const MaskPredictParams<T>& p, int64_t batch) {
 
   // A row of a small vocabulary is too little for a thread of its own.
   const int64_t grain = 1 + (1 << 15) / p.vocabulary;
-  const auto best_symbol = PYNAR_SELECT_KERNEL(best_symbol<T>);
+  const auto best_symbol = PYNAR_SELECT_KERNEL_OF(T, best_symbol<T>);
   parallel_for(static_cast<int64_t>(masked.size()), grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const auto [b, t] = masked[i];

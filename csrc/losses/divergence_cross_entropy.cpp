@@ -12,7 +12,7 @@ PYNAR_DECLARE_KERNEL(template <typename T>
 
 #ifdef PYNAR_ISA
 
-#include "common/simd.h"
+#include "losses/row_blocks.h"
 
 namespace pynar::PYNAR_ISA {
 namespace {
@@ -24,106 +24,116 @@ struct Math {
   static double log(double x) { return __builtin_log(x); }
 };
 
-template <typename T, int kHeads>
-class Row {
- public:
+// Sums over vectors of a block. Of the moments that of the greater head first lacks its sign.
+template <typename A, int kHeads>
+struct BlockSums {
+  A sum[kHeads];
+  A total[kHeads];
+  A moment[kHeads][kHeads];
+};
+
+template <Precision kPrecision, int kHeads, typename T>
+BlockSums<accumulation_t<T>, kHeads> sum_vectors(const T* const (&logits)[kHeads], int64_t size,
+                                                 const accumulation_t<T> (&shifts)[kHeads]) {
   using A = accumulation_t<T>;
   using Vector = Simd<A>;
-  // A block of all heads stays in the innermost cache between the search for its maximum and the
-  // exponentials.
-  static constexpr int64_t kBlock = 512;
-
-  Row(const DivergenceParams<T>& p, int64_t first, int64_t row) {
-    for (int h = 0; h < kHeads; ++h) {
-      logits_[h] = p.logits[first + h] + row * p.logits_stride[first + h];
-    }
-    for (int64_t v = 0; v < p.vocabulary; v += kBlock) {
-      const int64_t size = p.vocabulary - v < kBlock ? p.vocabulary - v : kBlock;
-      const int64_t vectors = size / Vector::kLanes * Vector::kLanes;
-      for (int h = 0; h < kHeads; ++h) raise_max(h, logits_[h] + v, size, vectors);
-      add_vectors(v, v + vectors);
-      add_symbols(v + vectors, v + size, true);
-    }
-    sums_.finish(p, first, row);
+  const Vector log2e = Vector::broadcast(kLog2E<A>);
+  Vector shift[kHeads];
+  Vector sum[kHeads];
+  Vector total[kHeads];
+  Vector moment[kHeads][kHeads];
+  for (int h = 0; h < kHeads; ++h) {
+    shift[h] = Vector::broadcast(shifts[h]);
+    sum[h] = total[h] = Vector::broadcast(0);
+    for (int g = 0; g < kHeads; ++g) moment[h][g] = Vector::broadcast(0);
   }
-
- private:
-  static constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kShort : Precision::kFull;
-
-  void raise_max(int h, const T* x, int64_t size, int64_t vectors) {
-    Vector greatest[4];
-    for (int i = 0; i < 4; ++i) greatest[i] = Vector::broadcast(static_cast<A>(sums_.lowest()));
-    int64_t v = 0;
-    for (; v + 4 * Vector::kLanes <= vectors; v += 4 * Vector::kLanes) {
-      for (int i = 0; i < 4; ++i) {
-        greatest[i] = max(Vector::load(x + v + i * Vector::kLanes), greatest[i]);
+  for (int64_t v = 0; v < size; v += Vector::kLanes) {
+    Vector d[kHeads];
+    Vector e[kHeads];
+    for (int h = 0; h < kHeads; ++h) {
+      const Vector x = Vector::load(logits[h] + v);
+      total[h] = add(total[h], x);
+      d[h] = sub(x, shift[h]);
+      e[h] = exp2<kPrecision>(mul(d[h], log2e));
+      sum[h] = add(sum[h], e[h]);
+    }
+    for (int p = 0; p < kHeads; ++p) {
+      for (int q = p + 1; q < kHeads; ++q) {
+        const Vector difference = sub(d[p], d[q]);
+        moment[p][q] = multiply_add(e[p], difference, moment[p][q]);
+        moment[q][p] = multiply_add(e[q], difference, moment[q][p]);
       }
     }
-    for (; v < vectors; v += Vector::kLanes) greatest[0] = max(Vector::load(x + v), greatest[0]);
-    double to = reduce_max(max(max(greatest[0], greatest[1]), max(greatest[2], greatest[3])));
-    for (; v < size; ++v) {
-      const double value = to_accumulation(x[v]);
-      to = value > to ? value : to;
-    }
+  }
+  BlockSums<A, kHeads> sums;
+  for (int h = 0; h < kHeads; ++h) {
+    sums.sum[h] = reduce_add(sum[h]);
+    sums.total[h] = reduce_add(total[h]);
+    for (int g = 0; g < kHeads; ++g) sums.moment[h][g] = reduce_add(moment[h][g]);
+  }
+  return sums;
+}
+
+template <typename T>
+accumulation_t<T> greatest(const T* x, int64_t size) {
+  using A = accumulation_t<T>;
+  using Vector = Simd<A>;
+  Vector lanes[4];
+  for (int i = 0; i < 4; ++i) lanes[i] = Vector::broadcast(-static_cast<A>(__builtin_huge_val()));
+  int64_t v = 0;
+  for (; v + 4 * Vector::kLanes <= size; v += 4 * Vector::kLanes) {
+    for (int i = 0; i < 4; ++i) lanes[i] = max(Vector::load(x + v + i * Vector::kLanes), lanes[i]);
+  }
+  for (; v + Vector::kLanes <= size; v += Vector::kLanes) {
+    lanes[0] = max(Vector::load(x + v), lanes[0]);
+  }
+  A to = reduce_max(max(max(lanes[0], lanes[1]), max(lanes[2], lanes[3])));
+  for (; v < size; ++v) {
+    const A value = to_accumulation(x[v]);
+    to = value > to ? value : to;
+  }
+  return to;
+}
+
+// The sums of a row so far, the same for all element types.
+template <typename A, int kHeads>
+class RowSums {
+ public:
+  [[gnu::noinline]] void raise_max(int h, A to) {
     if (to > sums_.max[h]) sums_.raise_max(h, to);
   }
 
-  void add_vectors(int64_t begin, int64_t end) {
-    const Vector log2e = Vector::broadcast(kLog2E<A>);
-    Vector shift[kHeads];
-    Vector sum[kHeads];
-    Vector total[kHeads];
-    Vector moment[kHeads][kHeads];
-    for (int h = 0; h < kHeads; ++h) {
-      shift[h] = Vector::broadcast(static_cast<A>(sums_.shift(h)));
-      sum[h] = total[h] = Vector::broadcast(0);
-      for (int g = 0; g < kHeads; ++g) moment[h][g] = Vector::broadcast(0);
-    }
-    for (int64_t v = begin; v < end; v += Vector::kLanes) {
-      Vector d[kHeads];
-      Vector e[kHeads];
-      for (int h = 0; h < kHeads; ++h) {
-        const Vector x = Vector::load(logits_[h] + v);
-        total[h] = add(total[h], x);
-        d[h] = sub(x, shift[h]);
-        e[h] = exp2<kPrecision>(mul(d[h], log2e));
-        sum[h] = add(sum[h], e[h]);
-      }
-      for (int p = 0; p < kHeads; ++p) {
-        for (int q = p + 1; q < kHeads; ++q) {
-          // The second one is what it is called but for its sign.
-          const Vector difference = sub(d[p], d[q]);
-          moment[p][q] = multiply_add(e[p], difference, moment[p][q]);
-          moment[q][p] = multiply_add(e[q], difference, moment[q][p]);
-        }
-      }
-    }
+  A shift(int h) const { return static_cast<A>(sums_.shift(h)); }
+
+  // False if the moments are not finite, which are then left out.
+  [[gnu::noinline]] bool add(const BlockSums<A, kHeads>& block) {
     bool finite = true;
-    double block[kHeads][kHeads] = {};
     for (int h = 0; h < kHeads; ++h) {
-      const double block_sum = reduce_add(sum[h]);
       // Of logits of -inf alone an exponential may come out as something above zero.
-      if (sums_.max[h] > sums_.lowest() || block_sum != block_sum) sums_.sum[h] += block_sum;
-      sums_.total[h] += reduce_add(total[h]);
+      if (sums_.max[h] > sums_.lowest() || block.sum[h] != block.sum[h]) {
+        sums_.sum[h] += block.sum[h];
+      }
+      sums_.total[h] += block.total[h];
       for (int g = 0; g < kHeads; ++g) {
-        block[h][g] = h < g ? reduce_add(moment[h][g]) : -reduce_add(moment[h][g]);
-        finite = finite && block[h][g] - block[h][g] == 0;
+        finite = finite && block.moment[h][g] - block.moment[h][g] == 0;
       }
     }
-    if (!finite) [[unlikely]]
-      return add_symbols(begin, end, false);
+    if (!finite) return false;
     for (int p = 0; p < kHeads; ++p) {
-      for (int q = 0; q < kHeads; ++q) sums_.moment[p][q] += block[p][q];
+      for (int q = 0; q < kHeads; ++q) {
+        sums_.moment[p][q] += p < q ? block.moment[p][q] : -block.moment[p][q];
+      }
     }
+    return true;
   }
 
-  // Symbols one by one: those beside whole vectors, and the moments of a block in which a logit is
-  // not finite.
-  void add_symbols(int64_t begin, int64_t end, bool all) {
+  // Symbols one by one: the moments alone before `whole`, all sums from there on.
+  [[gnu::noinline]] void add_symbols(const A (&logits)[kHeads][kRowBlock], int64_t begin,
+                                     int64_t whole, int64_t end) {
     for (int64_t v = begin; v < end; ++v) {
       double x[kHeads];
-      for (int h = 0; h < kHeads; ++h) x[h] = to_accumulation(logits_[h][v]);
-      if (all) {
+      for (int h = 0; h < kHeads; ++h) x[h] = logits[h][v];
+      if (v >= whole) {
         sums_.add(x);
       } else {
         double e[kHeads];
@@ -136,9 +146,42 @@ class Row {
     }
   }
 
-  const T* logits_[kHeads];
+  [[gnu::noinline]] void finish(const DivergenceResults<A>& p, int64_t first, int64_t row,
+                                const A (&target_logit)[kHeads]) const {
+    sums_.finish(p, first, row, target_logit);
+  }
+
+ private:
   DivergenceSums<Math, kHeads> sums_;
 };
+
+template <int kHeads, typename T>
+void sum_row(const DivergenceParams<T>& p, int64_t first, int64_t row) {
+  using A = accumulation_t<T>;
+  constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kShort : Precision::kFull;
+  RowSums<A, kHeads> sums;
+  A target_logit[kHeads];
+  for (int h = 0; h < kHeads; ++h) target_logit[h] = p.target_logit(first + h, row);
+  for (int64_t v = 0; v < p.vocabulary; v += kRowBlock) {
+    const int64_t size = p.vocabulary - v < kRowBlock ? p.vocabulary - v : kRowBlock;
+    const int64_t vectors = size / Simd<A>::kLanes * Simd<A>::kLanes;
+    const T* logits[kHeads];
+    A shift[kHeads];
+    for (int h = 0; h < kHeads; ++h) {
+      logits[h] = p.logits[first + h] + row * p.logits_stride[first + h] + v;
+      sums.raise_max(h, greatest(logits[h], size));
+    }
+    for (int h = 0; h < kHeads; ++h) shift[h] = sums.shift(h);
+    const bool finite = sums.add(sum_vectors<kPrecision>(logits, vectors, shift));
+    if (finite && vectors == size) [[likely]]
+      continue;
+    A symbols[kHeads][kRowBlock];
+    const int64_t begin = finite ? vectors : 0;
+    widen(logits, begin, size, symbols);
+    sums.add_symbols(symbols, begin, vectors, size);
+  }
+  sums.finish(p, first, row, target_logit);
+}
 
 }  // namespace
 
@@ -146,23 +189,22 @@ template <typename T>
 void divergence_row(const DivergenceParams<T>& p, int64_t first, int64_t row) {
   switch (divergence_group(p.heads, p.pairs)) {
     case 1:
-      Row<T, 1>(p, first, row);
-      return;
+      return sum_row<1>(p, first, row);
     case 2:
-      Row<T, 2>(p, first, row);
-      return;
+      return sum_row<2>(p, first, row);
     case 3:
-      Row<T, 3>(p, first, row);
-      return;
+      return sum_row<3>(p, first, row);
     default:
-      Row<T, 4>(p, first, row);
+      return sum_row<4>(p, first, row);
   }
 }
 
 template void divergence_row(const DivergenceParams<float>&, int64_t, int64_t);
-template void divergence_row(const DivergenceParams<double>&, int64_t, int64_t);
 template void divergence_row(const DivergenceParams<BFloat16>&, int64_t, int64_t);
 template void divergence_row(const DivergenceParams<Half>&, int64_t, int64_t);
+#ifdef PYNAR_FLOAT64
+template void divergence_row(const DivergenceParams<double>&, int64_t, int64_t);
+#endif
 
 }  // namespace pynar::PYNAR_ISA
 
@@ -184,7 +226,7 @@ constexpr const char* kName = "divergence_cross_entropy";
 
 template <typename T>
 void divergence_cross_entropy_cpu(const DivergenceParams<T>& p) {
-  const auto divergence_row = PYNAR_SELECT_KERNEL(divergence_row<T>);
+  const auto divergence_row = PYNAR_SELECT_KERNEL_OF(T, divergence_row<T>);
   const int64_t group = divergence_group(p.heads, p.pairs);
   parallel_for(p.rows, divergence_grain(p.vocabulary, p.heads), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {

@@ -124,7 +124,10 @@ __global__ void __launch_bounds__(kDivergenceThreads)
     sums.total[h] = gather(kHeads * kHeads + h);
   }
   for (int w = 0; w < kWarps; ++w) sums.infinite |= infinite[w];
-  sums.finish(p, first, row);
+  A target_logit[kHeads];
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) target_logit[h] = p.target_logit(first + h, row);
+  sums.finish(p, first, row, target_logit);
 }
 
 }  // namespace pynar

@@ -22,21 +22,33 @@ namespace pynar {
 constexpr int kMaxHeads = 4;
 constexpr int kMaxPairs = 6;
 
+// What does not depend on the type of the logits.
+template <typename A>
+struct DivergenceResults {
+  A* cross_entropy;          // [C, N]          written, contiguous
+  A* divergence;             // [P, N]          written, contiguous
+  A* statistics;             // [2 C + 2 P, N]  written, contiguous: max, log_sum, and KL(p||q),
+                             // KL(q||p) of each pair in turn
+  int64_t rows, vocabulary;  // N, V
+  int64_t heads, pairs;      // C, P
+  int64_t pair[kMaxPairs][2];
+  double label_smoothing;
+};
+
 template <typename T>
-struct DivergenceParams {
+struct DivergenceParams : DivergenceResults<accumulation_t<T>> {
   const T* logits[kMaxHeads];        // [N, V] each
   int64_t logits_stride[kMaxHeads];  // of rows; the vocabulary is contiguous
   const int64_t* targets;            // [N]
-  accumulation_t<T>* cross_entropy;  // [C, N]          written, contiguous
-  accumulation_t<T>* divergence;     // [P, N]          written, contiguous
-  accumulation_t<T>* statistics;     // [2 C + 2 P, N]  written, contiguous: max, log_sum, and
-                                     // KL(p||q), KL(q||p) of each pair in turn
-  int64_t rows, vocabulary;          // N, V
-  int64_t heads, pairs;              // C, P
-  int64_t pair[kMaxPairs][2];
   int64_t targets_stride;
-  double label_smoothing;
   int64_t aligned;  // 1 if every row of logits begins at a multiple of 16 bytes
+
+  // The logit of a row's target, NaN where that is not in the vocabulary.
+  PYNAR_HOST_DEVICE accumulation_t<T> target_logit(int64_t head, int64_t row) const {
+    const int64_t target = targets[row * targets_stride];
+    if (target < 0 || target >= this->vocabulary) return float_from_bits(0x7fc00000);
+    return to_accumulation(logits[head][row * logits_stride[head] + target]);
+  }
 };
 
 // The sums over a row's symbols. Math brings the type of numbers, exp and log, and is a type of the
@@ -114,27 +126,23 @@ struct DivergenceSums {
   }
 
   // Writes the results of a row, for kHeads heads from head `first` on; pairs are of all heads.
-  template <typename T>
-  PYNAR_HOST_DEVICE void finish(const DivergenceParams<T>& p, int64_t first, int64_t row) const {
+  template <typename Result>
+  PYNAR_HOST_DEVICE void finish(const DivergenceResults<Result>& p, int64_t first, int64_t row,
+                                const Result (&target_logit)[kHeads]) const {
     const A nan = lowest() - lowest();
     const A smoothing = static_cast<A>(p.label_smoothing);
-    const int64_t target = p.targets[row * p.targets_stride];
     A log_sum[kHeads];
     for (int h = 0; h < kHeads; ++h) {
       log_sum[h] = max[h] == lowest() ? nan : Math::log(sum[h]);
-      A loss = nan;
-      if (target >= 0 && target < p.vocabulary) {
-        const T* logits = p.logits[first + h] + row * p.logits_stride[first + h];
-        const A log_prob = to_accumulation(logits[target]) - max[h] - log_sum[h];
-        loss = -(1 - smoothing) * log_prob;
-        if (smoothing != 0) {
-          loss -= smoothing * (total[h] / static_cast<A>(p.vocabulary) - max[h] - log_sum[h]);
-        }
+      const A log_prob = target_logit[h] - max[h] - log_sum[h];
+      A loss = -(1 - smoothing) * log_prob;
+      if (smoothing != 0) {
+        loss -= smoothing * (total[h] / static_cast<A>(p.vocabulary) - max[h] - log_sum[h]);
       }
-      p.cross_entropy[(first + h) * p.rows + row] = static_cast<accumulation_t<T>>(loss);
+      p.cross_entropy[(first + h) * p.rows + row] = static_cast<Result>(loss);
       auto* statistics = p.statistics + (first + h) * p.rows + row;
-      statistics[0] = static_cast<accumulation_t<T>>(max[h]);
-      statistics[p.heads * p.rows] = static_cast<accumulation_t<T>>(log_sum[h]);
+      statistics[0] = static_cast<Result>(max[h]);
+      statistics[p.heads * p.rows] = static_cast<Result>(log_sum[h]);
     }
     if constexpr (kHeads > 1) {
       for (int64_t i = 0; i < p.pairs; ++i) {
@@ -149,11 +157,10 @@ struct DivergenceSums {
             if (p.pair[i][0] == b && p.pair[i][1] == a) directed[1] = mean - offset;
           }
         }
-        p.divergence[i * p.rows + row] =
-            static_cast<accumulation_t<T>>((directed[0] + directed[1]) / 2);
+        p.divergence[i * p.rows + row] = static_cast<Result>((directed[0] + directed[1]) / 2);
         auto* statistics = p.statistics + (2 * p.heads + 2 * i) * p.rows + row;
-        statistics[0] = static_cast<accumulation_t<T>>(directed[0]);
-        statistics[p.rows] = static_cast<accumulation_t<T>>(directed[1]);
+        statistics[0] = static_cast<Result>(directed[0]);
+        statistics[p.rows] = static_cast<Result>(directed[1]);
       }
     }
   }

@@ -11,7 +11,7 @@ PYNAR_DECLARE_KERNEL(template <typename T>
 
 #ifdef PYNAR_ISA
 
-#include "common/simd.h"
+#include "losses/row_blocks.h"
 
 namespace pynar::PYNAR_ISA {
 namespace {
@@ -25,129 +25,162 @@ struct Math {
 template <typename A>
 using AllHeads = DivergenceGradient<Math<A>, kMaxHeads>;
 
-// The gradients of kHeads of a row's heads.
-template <typename T, int kHeads>
-class Row {
- public:
+template <typename A, int kHeads>
+using Gradient = DivergenceGradient<Math<A>, kHeads>;
+
+// The gradients of a block, as if no symbol were the target. False if a result is not finite: that
+// of a symbol whose logits are -inf has to be found otherwise.
+template <Precision kPrecision, int kHeads, typename T>
+bool write_vectors(const Gradient<accumulation_t<T>, kHeads>& row, const T* const (&logits)[kHeads],
+                   int64_t size, T* const (&grads)[kHeads]) {
   using A = accumulation_t<T>;
   using Vector = Simd<A>;
-  static constexpr int64_t kBlock = 512;
+  const Vector log2e = Vector::broadcast(kLog2E<A>);
+  Vector check[kHeads];
+  for (int h = 0; h < kHeads; ++h) check[h] = Vector::broadcast(0);
+  for (int64_t v = 0; v < size; v += Vector::kLanes) {
+    Vector log_prob[kHeads];
+    Vector prob[kHeads];
+    Vector factor[kHeads];
+    Vector rest[kHeads];
+    for (int h = 0; h < kHeads; ++h) {
+      const Vector x = Vector::load(logits[h] + v);
+      log_prob[h] = sub(sub(x, Vector::broadcast(row.max[h])), Vector::broadcast(row.log_sum[h]));
+      prob[h] = exp2<kPrecision>(mul(log_prob[h], log2e));
+      factor[h] = Vector::broadcast(row.scale[h]);
+      rest[h] = Vector::broadcast(row.smooth[h]);
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      for (int g = h + 1; g < kHeads; ++g) {
+        const Vector w = Vector::broadcast(row.weight[h][g]);
+        const Vector minus_w = Vector::broadcast(-row.weight[h][g]);
+        const Vector difference = sub(log_prob[h], log_prob[g]);
+        factor[h] = multiply_add(w, difference, factor[h]);
+        factor[g] = multiply_add(minus_w, difference, factor[g]);
+        rest[h] = multiply_add(w, prob[g], rest[h]);
+        rest[g] = multiply_add(w, prob[h], rest[g]);
+      }
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      const Vector grad = sub(mul(prob[h], factor[h]), rest[h]);
+      check[h] = add(check[h], grad);
+      grad.store(grads[h] + v);
+    }
+  }
+  bool finite = true;
+  for (int h = 0; h < kHeads; ++h) {
+    const A sum = reduce_add(check[h]);
+    finite = finite && sum - sum == 0;
+  }
+  return finite;
+}
 
-  Row(const DivergenceBackwardParams<T>& p, const AllHeads<A>& all, const int* heads, int64_t row) {
-    const int64_t target = p.targets[row * p.targets_stride];
+// The same for all element types: symbols one by one.
+template <typename A, int kHeads>
+[[gnu::noinline]] void gradients_of_symbols(const Gradient<A, kHeads>& row, int64_t begin,
+                                            int64_t end, int64_t target,
+                                            A (&logits_to_grads)[kHeads][kRowBlock]) {
+  for (int64_t v = begin; v < end; ++v) {
+    A x[kHeads];
+    A grad[kHeads];
+    for (int h = 0; h < kHeads; ++h) x[h] = logits_to_grads[h][v];
+    row.at(x, v == target, grad);
+    for (int h = 0; h < kHeads; ++h) logits_to_grads[h][v] = grad[h];
+  }
+}
+
+template <int kHeads, typename T>
+[[gnu::noinline]] void write_symbols(const Gradient<accumulation_t<T>, kHeads>& row,
+                                     const T* const (&logits)[kHeads], int64_t begin, int64_t end,
+                                     int64_t target, T* const (&grads)[kHeads]) {
+  accumulation_t<T> symbols[kHeads][kRowBlock];
+  widen(logits, begin, end, symbols);
+  gradients_of_symbols<accumulation_t<T>, kHeads>(row, begin, end, target, symbols);
+  for (int h = 0; h < kHeads; ++h) {
+    for (int64_t v = begin; v < end; ++v) grads[h][v] = from_accumulation<T>(symbols[h][v]);
+  }
+}
+
+// What a row's gradients need, the same for all element types.
+template <typename A>
+struct RowPlan {
+  AllHeads<A> all;
+  // A head that is not regular itself is taken along where a pair needs it.
+  int taken[kMaxHeads] = {};
+  int count = 0;
+  bool paired = false;
+
+  [[gnu::noinline]] RowPlan(const DivergenceFactors<A>& p, int64_t row) {
+    all.load(p, 0, row);
+    for (int h = 0; h < p.heads; ++h) {
+      bool needed = false;
+      for (int g = 0; g < kMaxHeads; ++g) needed = needed || all.weight[h][g] != 0;
+      paired = paired || needed;
+      if (needed || all.kind[h] == GradientKind::kRegular) taken[count++] = h;
+    }
+  }
+
+  template <int kHeads>
+  [[gnu::noinline]] Gradient<A, kHeads> gradient(const int* heads) const {
+    Gradient<A, kHeads> some;
     for (int h = 0; h < kHeads; ++h) {
       const int from = heads[h];
-      logits_[h] = p.logits[from] + row * p.logits_stride[from];
-      grads_[h] = p.grads[from] + row * p.grads_stride[from];
-      row_.max[h] = all.max[from];
-      row_.log_sum[h] = all.log_sum[from];
-      row_.scale[h] = all.scale[from];
-      row_.smooth[h] = all.smooth[from];
-      row_.hit[h] = all.hit[from];
-      row_.kind[h] = all.kind[from];
-      for (int g = 0; g < kHeads; ++g) row_.weight[h][g] = all.weight[from][heads[g]];
+      some.max[h] = all.max[from];
+      some.log_sum[h] = all.log_sum[from];
+      some.scale[h] = all.scale[from];
+      some.smooth[h] = all.smooth[from];
+      some.hit[h] = all.hit[from];
+      some.kind[h] = all.kind[from];
+      for (int g = 0; g < kHeads; ++g) some.weight[h][g] = all.weight[from][heads[g]];
     }
-    const int64_t vectors = p.vocabulary / Vector::kLanes * Vector::kLanes;
-    for (int64_t v = 0; v < vectors; v += kBlock) {
-      const int64_t end = v + kBlock < vectors ? v + kBlock : vectors;
-      if (!write_vectors(v, end)) [[unlikely]]
-        write_symbols(v, end, target);
-    }
-    write_symbols(vectors, p.vocabulary, target);
-    write_symbols(target, target + 1, target);
+    return some;
   }
-
- private:
-  static constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kShort : Precision::kFull;
-
-  // As if no symbol were the target. False if a result is not finite: that of a symbol whose logits
-  // are -inf has to be found otherwise.
-  bool write_vectors(int64_t begin, int64_t end) {
-    const Vector log2e = Vector::broadcast(kLog2E<A>);
-    Vector check[kHeads];
-    for (int h = 0; h < kHeads; ++h) check[h] = Vector::broadcast(0);
-    for (int64_t v = begin; v < end; v += Vector::kLanes) {
-      Vector log_prob[kHeads];
-      Vector prob[kHeads];
-      Vector factor[kHeads];
-      Vector rest[kHeads];
-      for (int h = 0; h < kHeads; ++h) {
-        const Vector x = Vector::load(logits_[h] + v);
-        log_prob[h] =
-            sub(sub(x, Vector::broadcast(row_.max[h])), Vector::broadcast(row_.log_sum[h]));
-        prob[h] = exp2<kPrecision>(mul(log_prob[h], log2e));
-        factor[h] = Vector::broadcast(row_.scale[h]);
-        rest[h] = Vector::broadcast(row_.smooth[h]);
-      }
-      for (int h = 0; h < kHeads; ++h) {
-        for (int g = h + 1; g < kHeads; ++g) {
-          const Vector w = Vector::broadcast(row_.weight[h][g]);
-          const Vector minus_w = Vector::broadcast(-row_.weight[h][g]);
-          const Vector difference = sub(log_prob[h], log_prob[g]);
-          factor[h] = multiply_add(w, difference, factor[h]);
-          factor[g] = multiply_add(minus_w, difference, factor[g]);
-          rest[h] = multiply_add(w, prob[g], rest[h]);
-          rest[g] = multiply_add(w, prob[h], rest[g]);
-        }
-      }
-      for (int h = 0; h < kHeads; ++h) {
-        const Vector grad = sub(mul(prob[h], factor[h]), rest[h]);
-        check[h] = add(check[h], grad);
-        grad.store(grads_[h] + v);
-      }
-    }
-    bool finite = true;
-    for (int h = 0; h < kHeads; ++h) {
-      const A sum = reduce_add(check[h]);
-      finite = finite && sum - sum == 0;
-    }
-    return finite;
-  }
-
-  void write_symbols(int64_t begin, int64_t end, int64_t target) {
-    for (int64_t v = begin; v < end; ++v) {
-      A x[kHeads];
-      A grad[kHeads];
-      for (int h = 0; h < kHeads; ++h) x[h] = to_accumulation(logits_[h][v]);
-      row_.at(x, v == target, grad);
-      for (int h = 0; h < kHeads; ++h) grads_[h][v] = from_accumulation<T>(grad[h]);
-    }
-  }
-
-  const T* logits_[kHeads];
-  T* grads_[kHeads];
-  DivergenceGradient<Math<A>, kHeads> row_;
 };
+
+// The gradients of kHeads of a row's heads.
+template <int kHeads, typename T>
+void write_row(const DivergenceBackwardParams<T>& p, const RowPlan<accumulation_t<T>>& plan,
+               const int* heads, int64_t row) {
+  using A = accumulation_t<T>;
+  constexpr Precision kPrecision = sizeof(T) == 2 ? Precision::kShort : Precision::kFull;
+  const Gradient<A, kHeads> gradient = plan.template gradient<kHeads>(heads);
+  const int64_t target = p.targets[row * p.targets_stride];
+  for (int64_t v = 0; v < p.vocabulary; v += kRowBlock) {
+    const int64_t size = p.vocabulary - v < kRowBlock ? p.vocabulary - v : kRowBlock;
+    const int64_t vectors = size / Simd<A>::kLanes * Simd<A>::kLanes;
+    const T* logits[kHeads];
+    T* grads[kHeads];
+    for (int h = 0; h < kHeads; ++h) {
+      logits[h] = p.logits[heads[h]] + row * p.logits_stride[heads[h]] + v;
+      grads[h] = p.grads[heads[h]] + row * p.grads_stride[heads[h]] + v;
+    }
+    const bool finite = write_vectors<kPrecision, kHeads>(gradient, logits, vectors, grads);
+    if (!finite || vectors < size) [[unlikely]]
+      write_symbols<kHeads>(gradient, logits, finite ? vectors : 0, size, target - v, grads);
+    if (target >= v && target < v + vectors) {
+      write_symbols<kHeads>(gradient, logits, target - v, target - v + 1, target - v, grads);
+    }
+  }
+}
 
 }  // namespace
 
 template <typename T>
 void gradient_row(const DivergenceBackwardParams<T>& p, int64_t row) {
   using A = accumulation_t<T>;
-  AllHeads<A> all;
-  all.load(p, 0, row);
-  // A head that is not regular itself is taken along where a pair needs it.
-  int taken[kMaxHeads] = {};
-  int count = 0;
-  bool paired = false;
-  for (int h = 0; h < p.heads; ++h) {
-    bool needed = false;
-    for (int g = 0; g < kMaxHeads; ++g) needed = needed || all.weight[h][g] != 0;
-    paired = paired || needed;
-    if (needed || all.kind[h] == GradientKind::kRegular) taken[count++] = h;
-  }
-  if (!paired) {
-    for (int i = 0; i < count; ++i) Row<T, 1>(p, all, taken + i, row);
-  } else if (count == 2) {
-    Row<T, 2>(p, all, taken, row);
-  } else if (count == 3) {
-    Row<T, 3>(p, all, taken, row);
+  const RowPlan<A> plan(p, row);
+  if (!plan.paired) {
+    for (int i = 0; i < plan.count; ++i) write_row<1>(p, plan, plan.taken + i, row);
+  } else if (plan.count == 2) {
+    write_row<2>(p, plan, plan.taken, row);
+  } else if (plan.count == 3) {
+    write_row<3>(p, plan, plan.taken, row);
   } else {
-    Row<T, 4>(p, all, taken, row);
+    write_row<4>(p, plan, plan.taken, row);
   }
   for (int h = 0; h < p.heads; ++h) {
-    if (all.kind[h] == GradientKind::kRegular) continue;
-    const bool zero = all.kind[h] == GradientKind::kZero;
+    if (plan.all.kind[h] == GradientKind::kRegular) continue;
+    const bool zero = plan.all.kind[h] == GradientKind::kZero;
     const T value = from_accumulation<T>(zero ? A(0) : static_cast<A>(__builtin_nanf("")));
     T* grad = p.grads[h] + row * p.grads_stride[h];
     for (int64_t v = 0; v < p.vocabulary; ++v) grad[v] = value;
@@ -155,9 +188,11 @@ void gradient_row(const DivergenceBackwardParams<T>& p, int64_t row) {
 }
 
 template void gradient_row(const DivergenceBackwardParams<float>&, int64_t);
-template void gradient_row(const DivergenceBackwardParams<double>&, int64_t);
 template void gradient_row(const DivergenceBackwardParams<BFloat16>&, int64_t);
 template void gradient_row(const DivergenceBackwardParams<Half>&, int64_t);
+#ifdef PYNAR_FLOAT64
+template void gradient_row(const DivergenceBackwardParams<double>&, int64_t);
+#endif
 
 }  // namespace pynar::PYNAR_ISA
 
@@ -179,7 +214,7 @@ constexpr const char* kName = "divergence_cross_entropy_backward";
 
 template <typename T>
 void divergence_cross_entropy_backward_cpu(const DivergenceBackwardParams<T>& p) {
-  const auto gradient_row = PYNAR_SELECT_KERNEL(gradient_row<T>);
+  const auto gradient_row = PYNAR_SELECT_KERNEL_OF(T, gradient_row<T>);
   parallel_for(p.rows, divergence_grain(p.vocabulary, p.heads), [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) gradient_row(p, row);
   });

@@ -13,23 +13,28 @@
 
 namespace pynar {
 
-template <typename T>
-struct DivergenceBackwardParams {
-  const T* logits[kMaxHeads];              // [N, V] each
-  int64_t logits_stride[kMaxHeads];        // of rows; the vocabulary is contiguous
-  T* grads[kMaxHeads];                     // [N, V] each       written
-  int64_t grads_stride[kMaxHeads];         // of rows
-  const int64_t* targets;                  // [N]
-  const accumulation_t<T>* cross_entropy;  // [C, N]            a
-  const accumulation_t<T>* divergence;     // [P, N]            k
-  const accumulation_t<T>* statistics;     // [2 C + 2 P, N]    of the forward pass, contiguous
-  int64_t rows, vocabulary;                // N, V
-  int64_t heads, pairs;                    // C, P
+// What does not depend on the type of the logits.
+template <typename A>
+struct DivergenceFactors {
+  const A* cross_entropy;    // [C, N]            a
+  const A* divergence;       // [P, N]            k
+  const A* statistics;       // [2 C + 2 P, N]    of the forward pass, contiguous
+  int64_t rows, vocabulary;  // N, V
+  int64_t heads, pairs;      // C, P
   int64_t pair[kMaxPairs][2];
-  int64_t targets_stride;
   int64_t cross_entropy_stride_h, cross_entropy_stride_n;
   int64_t divergence_stride_p, divergence_stride_n;
   double label_smoothing;
+};
+
+template <typename T>
+struct DivergenceBackwardParams : DivergenceFactors<accumulation_t<T>> {
+  const T* logits[kMaxHeads];        // [N, V] each
+  int64_t logits_stride[kMaxHeads];  // of rows; the vocabulary is contiguous
+  T* grads[kMaxHeads];               // [N, V] each       written
+  int64_t grads_stride[kMaxHeads];   // of rows
+  const int64_t* targets;            // [N]
+  int64_t targets_stride;
   int64_t aligned;  // 1 if every row of logits and grads begins at a multiple of 16 bytes
 };
 
@@ -49,15 +54,14 @@ struct DivergenceGradient {
   GradientKind kind[kHeads];
 
   // Of heads from `first` on; where that is not 0, or kHeads not all of them, there are no pairs.
-  template <typename T>
-  PYNAR_HOST_DEVICE void load(const DivergenceBackwardParams<T>& p, int64_t first, int64_t row) {
+  PYNAR_HOST_DEVICE void load(const DivergenceFactors<A>& p, int64_t first, int64_t row) {
     const A smoothing = static_cast<A>(p.label_smoothing);
     for (int h = 0; h < kHeads; ++h) {
       kind[h] = GradientKind::kZero;
       max[h] = log_sum[h] = scale[h] = smooth[h] = hit[h] = 0;
       for (int g = 0; g < kHeads; ++g) weight[h][g] = 0;
       if (first + h >= p.heads) continue;
-      const accumulation_t<T>* statistics = p.statistics + (first + h) * p.rows + row;
+      const A* statistics = p.statistics + (first + h) * p.rows + row;
       max[h] = statistics[0];
       log_sum[h] = statistics[p.heads * p.rows];
       const A a =
@@ -71,7 +75,7 @@ struct DivergenceGradient {
     for (int64_t i = 0; kHeads > 1 && i < p.pairs; ++i) {
       const A w = p.divergence[i * p.divergence_stride_p + row * p.divergence_stride_n] / A(2);
       if (w == 0) continue;
-      const accumulation_t<T>* statistics = p.statistics + (2 * p.heads + 2 * i) * p.rows + row;
+      const A* statistics = p.statistics + (2 * p.heads + 2 * i) * p.rows + row;
       const A mean[2] = {statistics[0], statistics[p.rows]};
       const bool finite = mean[0] - mean[0] == 0 && mean[1] - mean[1] == 0;
       for (int side = 0; side < 2; ++side) {

@@ -273,15 +273,15 @@ def test_divergence_plans_name_kernels_and_carry_parameters(extension: Any) -> N
             ("pynar::divergence_cross_entropy_gradient" + ending, blocks, 256)
         ]
         fields = struct.unpack(f"<{len(forward.parameters) // 8}q", forward.parameters)
-        assert fields[:8] == (0x1000, 0x2000, 0x3000, 0, *(vocabulary,) * 3, 0)
-        assert fields[8:16] == (
-            *(0x4000, 0x5000, 0x6000, 0x7000),
-            *(rows, vocabulary, 3, len(pairs) // 2),
-        )
-        assert fields[16:18] == (tuple(pairs) or (0, 0))
-        assert struct.unpack("<d", forward.parameters[-16:-8]) == (0.1,)
-        assert fields[-1] == 1
+        assert fields[:3] == (0x5000, 0x6000, 0x7000)
+        assert fields[3:7] == (rows, vocabulary, 3, len(pairs) // 2)
+        assert fields[7:9] == (tuple(pairs) or (0, 0))
+        assert struct.unpack_from("<d", forward.parameters, 8 * 19) == (0.1,)
+        assert fields[20:28] == (0x1000, 0x2000, 0x3000, 0, *(vocabulary,) * 3, 0)
+        assert fields[28:] == (0x4000, 1, 1)
         fields = struct.unpack(f"<{len(backward.parameters) // 8}q", backward.parameters)
-        assert fields[8:16] == (0x10000, 0x20000, 0x30000, 0, *(vocabulary,) * 3, 0)
-        assert fields[16:20] == (0x4000, 0x5000, 0x6000, 0x7000)
-        assert fields[-1] == 1
+        assert fields[:3] == (0x5000, 0x6000, 0x7000)
+        assert struct.unpack_from("<d", backward.parameters, 8 * 23) == (0.1,)
+        assert fields[24:32] == (0x1000, 0x2000, 0x3000, 0, *(vocabulary,) * 3, 0)
+        assert fields[32:40] == (0x10000, 0x20000, 0x30000, 0, *(vocabulary,) * 3, 0)
+        assert fields[40:] == (0x4000, 1, 1)
