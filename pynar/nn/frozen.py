@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pynar.nn.transformer import Decoder, Encoder, FeedForward, KeysValues, _Residual
-from pynar.ops import interval_attention, pack_linear
+from pynar.ops import PackedLayer, interval_attention, pack_linear
 from pynar.ops._operator import OPERATORS
 from pynar.ops.packed_linear import ACTIVATIONS
 
@@ -53,9 +53,11 @@ class PackedLinear:
         if isinstance(output_norm, nn.LayerNorm):
             affine = output_norm.weight.detach().float(), output_norm.bias.detach().float()
             norm = *affine, output_norm.eps
-        packed = pack_linear(weight.float(), dtype)
+        self.packed = packed = pack_linear(weight.float(), dtype)
+        self.bias = bias.float()
+        self.norm = None if norm[0] is None else norm[:2]
         # The operator's own arguments, checked here once instead of in every call.
-        self._weight = packed.data, packed.scales, packed.column_sums, bias.float()
+        self._weight = packed.data, packed.scales, packed.column_sums, self.bias
         self._rest = (
             *norm[:2],
             packed.out_features,
@@ -147,9 +149,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
 class _Feed:
     def __init__(self, module: FeedForward, residual: _Residual, dtype: torch.dtype) -> None:
         before, after = _norms(residual)
-        activation = {F.relu: "relu", F.gelu: "gelu"}[module.activation]
+        self.activation = {F.relu: "relu", F.gelu: "gelu"}[module.activation]
         self.inner = PackedLinear(
-            module.inner.weight, module.inner.bias, dtype, activation=activation, input_norm=before
+            module.inner.weight,
+            module.inner.bias,
+            dtype,
+            activation=self.activation,
+            input_norm=before,
         )
         self.outer = PackedLinear(module.outer.weight, module.outer.bias, dtype, output_norm=after)
 
@@ -179,21 +185,6 @@ class _SelfAttention:
         h = _heads(self.qkv(x), 3 * self.heads)
         return h[:, : self.heads], h[:, self.heads :]
 
-    def __call__(
-        self,
-        x: Tensor,
-        intervals: Tensor,
-        chosen: Tensor | None = None,
-        content: int | None = None,
-    ) -> Tensor:
-        """With `chosen: [M]` the result is that of those rows; they see the first `content`."""
-        q, kv = self.project(x)
-        kv = kv[:content]
-        if chosen is not None:
-            q, x, intervals = q[chosen], x[chosen], intervals[chosen]
-        y = _attend(q, kv[:, : self.heads], kv[:, self.heads :], intervals)
-        return self.output(y, x)
-
 
 class _CrossAttention:
     def __init__(self, module: Any, residual: _Residual, dtype: torch.dtype) -> None:
@@ -209,6 +200,45 @@ class _CrossAttention:
     def __call__(self, x: Tensor, keys_values: tuple[Tensor, Tensor], intervals: Tensor) -> Tensor:
         y = _attend(_heads(self.query(x), self.heads), *keys_values, intervals)
         return self.output(y, x)
+
+
+class _Layer:
+    """A layer of the encoder or the decoder: one call where no cache stands in between."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        residual = layer.residual
+        self.attention = _SelfAttention(layer.self_attention, residual[0], dtype)
+        self.feed = _Feed(layer.feed_forward, residual[-1], dtype)
+        maps = [self.attention.qkv, self.attention.output, self.feed.inner, self.feed.outer]
+        if len(residual) == 3:
+            self.cross = _CrossAttention(layer.cross_attention, residual[1], dtype)
+            maps[2:2] = self.cross.query, self.cross.output
+        packed = PackedLayer(
+            tuple(part.packed for part in maps),
+            tuple(part.bias for part in maps),
+            tuple(tensor for part in maps for tensor in part.norm or ()),
+            self.attention.heads,
+            self.feed.activation,
+            residual[0].norm.eps,
+        )
+        self._tensors = packed.tensors()
+        self._rest = packed.heads, ACTIVATIONS.index(packed.activation), packed.eps
+
+    def __call__(
+        self,
+        x: Tensor,
+        sees: Tensor,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+        reads: Tensor | None = None,
+        chosen: Tensor | None = None,
+        content: int | None = None,
+    ) -> Tensor:
+        """With `chosen: [M]` the result is that of those rows; all see the first `content`."""
+        keys, values = keys_values or (None, None)
+        content = x.shape[0] if content is None else content
+        return OPERATORS["packed_layer"](
+            x, *self._tensors, sees, keys, values, reads, chosen, content, *self._rest
+        )
 
 
 class _Frozen(nn.Module):
@@ -234,10 +264,7 @@ class FrozenEncoder(_Frozen):
 
     def __init__(self, encoder: Encoder, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layers: list[tuple[_SelfAttention, _Feed]] = []
-        for layer in _modules(encoder.layers):
-            attention = _SelfAttention(layer.self_attention, layer.residual[0], dtype)
-            self.layers.append((attention, _Feed(layer.feed_forward, layer.residual[1], dtype)))
+        self.layers = [_Layer(layer, dtype) for layer in encoder.layers]
         self.norm = _plain(encoder.norm)
         self.training = False
 
@@ -247,8 +274,8 @@ class FrozenEncoder(_Frozen):
         parts = []
         for start, end in rows.groups():
             h, sees = packed[start:end], intervals[start:end] - start
-            for attention, feed in self.layers:
-                h = feed(attention(h, sees))
+            for layer in self.layers:
+                h = layer(h, sees)
             parts.append(self.norm(h))
         return rows.unpack(torch.cat(parts) if len(parts) > 1 else parts[0])
 
@@ -350,19 +377,10 @@ class FrozenDecoder(_Frozen):
     def __init__(self, decoder: Decoder, dtype: torch.dtype) -> None:
         super().__init__()
         self.dim, self.heads = decoder.dim, decoder.heads
-        self.layers: list[tuple[_SelfAttention, _CrossAttention, _Feed]] = []
-        weights, biases = [], []
-        for layer in _modules(decoder.layers):
-            residual = layer.residual
-            self.layers.append(
-                (
-                    _SelfAttention(layer.self_attention, residual[0], dtype),
-                    _CrossAttention(layer.cross_attention, residual[1], dtype),
-                    _Feed(layer.feed_forward, residual[2], dtype),
-                )
-            )
-            weights.append(layer.cross_attention.key_value.weight.detach())
-            biases.append(layer.cross_attention.key_value.bias.detach())
+        self.layers = [_Layer(layer, dtype) for layer in decoder.layers]
+        projections = [layer.cross_attention.key_value for layer in _modules(decoder.layers)]
+        weights = [projection.weight.detach() for projection in projections]
+        biases = [projection.bias.detach() for projection in projections]
         self.key_value = PackedLinear(torch.cat(weights), torch.cat(biases), dtype)
         self.norm = _plain(decoder.norm)
         self.training = False
@@ -391,6 +409,7 @@ class FrozenDecoder(_Frozen):
             here = chosen
             if chosen is not None:
                 here = chosen[(chosen >= start) & (chosen < end)] - start
+                here = None if len(here) == end - start else here
             h = self._decode(
                 packed[start:end],
                 sees[start:end] - start,
@@ -425,10 +444,9 @@ class FrozenDecoder(_Frozen):
         content: int | None = None,
     ) -> Tensor:
         last = len(self.layers) - 1
-        for index, (attention, cross, feed) in enumerate(self.layers):
+        for index, layer in enumerate(self.layers):
             here = chosen if index == last else None
-            h = attention(h, sees, here, content)
-            h = feed(cross(h, keys_values[index], reads if here is None else reads[here]))
+            h = layer(h, sees, keys_values[index], reads, here, content)
         return self.norm(h)
 
     def _layout(
@@ -463,14 +481,14 @@ class FrozenDecoder(_Frozen):
         reads, sees = last_reads, last_sees
         if streams > 1:
             reads, sees = (part.repeat_interleave(streams, 0) for part in (reads, sees))
-        for index, (attention, cross, feed) in enumerate(self.layers):
-            q, kv = attention.project(h)
+        for index, layer in enumerate(self.layers):
+            q, kv = layer.attention.project(h)
             keys_values = cache.write(index, kv[::streams])
             if streams > 1 and index + 1 == len(self.layers):
                 h, q = (part[streams - 1 :: streams].contiguous() for part in (h, q))
                 reads, sees = last_reads, last_sees
-            h = attention.output(_attend(q, *keys_values, sees), h)
-            h = feed(cross(h, memory.keys_values[index], reads))
+            h = layer.attention.output(_attend(q, *keys_values, sees), h)
+            h = layer.feed(layer.cross(h, memory.keys_values[index], reads))
         cache.position += 1
         return self.norm(h)[:, None]
 
