@@ -39,10 +39,9 @@ class View {
 };
 
 // Rows `index` of `from`, which has so many numbers a row.
-template <typename T>
-void gather(const T* from, int64_t stride, int64_t size, const Tensor& index, T* out) {
+void gather(const float* from, int64_t stride, int64_t size, const Tensor& index, float* out) {
   for (int64_t i = 0; i < index.size(0); ++i) {
-    const T* row = from + index.data<int64_t>()[i * index.stride(0)] * stride;
+    const float* row = from + index.data<int64_t>()[i * index.stride(0)] * stride;
     out = std::copy(row, row + size, out);
   }
 }
@@ -95,7 +94,6 @@ void check_intervals(const Check& check, const char* name, const Tensor& interva
   check.dims(name, intervals, 3, "[N, R, 2]");
   check.shape(name, intervals, {rows, intervals.size(1), 2}, "rows of `x`, R, begin and end");
   check.dtype(name, intervals, {kInt32});
-  check.contiguous(name, intervals);
 }
 
 }  // namespace
@@ -183,11 +181,17 @@ void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
       interval_attention(q, k, v, sees, 1.0, y, lse);
       return;
     }
-    const int64_t numbers = 2 * sees.size(1);
-    chosen_intervals.resize(wanted * numbers);
-    gather(sees.data<const int32_t>(), numbers, numbers, *chosen, chosen_intervals.data());
-    const View rows_see(chosen_intervals.data(), kInt32, {wanted, sees.size(1), 2},
-                        {numbers, 2, 1});
+    const int64_t count = sees.size(1);
+    chosen_intervals.clear();
+    for (int64_t i = 0; i < wanted; ++i) {
+      const int64_t row = chosen->data<int64_t>()[i * chosen->stride(0)];
+      const int32_t* interval = sees.data<int32_t>() + row * sees.stride(0);
+      for (int64_t r = 0; r < count; ++r, interval += sees.stride(1)) {
+        chosen_intervals.push_back(interval[0]);
+        chosen_intervals.push_back(interval[sees.stride(2)]);
+      }
+    }
+    const View rows_see(chosen_intervals.data(), kInt32, {wanted, count, 2}, {2 * count, 2, 1});
     interval_attention(q, k, v, rows_see, 1.0, y, lse);
   };
 

@@ -8,6 +8,7 @@ The modules take the places of `Encoder` and `Decoder` in a model, which does no
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -76,20 +77,26 @@ class Rows:
 
     batch: int
     width: int
+    ends: list[int]  # where the rows of every sentence end
     bounds: Tensor  # int32 [B, 2]: the rows of every sentence
     lengths: Tensor  # int64 [B]
     places: Tensor | None  # int64 [N]: position in [B * T] of every row; None without padding
 
     @staticmethod
     def of(lengths: Tensor, width: int) -> Rows:
-        ends = lengths.cumsum(0)
-        bounds = torch.stack([ends - lengths, ends], 1).int()
-        batch = len(lengths)
+        # In Python, since between the kernels' weights every operator's code comes from memory.
+        ends = list(itertools.accumulate(lengths.tolist()))
+        batch = len(ends)
+        bounds = torch.tensor([*zip([0, *ends], ends, strict=False)], dtype=torch.int32)
         places = None
-        if batch and int(ends[-1]) < batch * width:
+        if batch and ends[-1] < batch * width:
             live = torch.arange(width) < lengths[:, None]
             places = live.flatten().nonzero()[:, 0]
-        return Rows(batch, width, bounds, lengths, places)
+        return Rows(batch, width, ends, bounds.view(batch, 2), lengths, places)
+
+    @property
+    def count(self) -> int:
+        return self.ends[-1] if self.ends else 0
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, C] -> [N, C]`."""
@@ -114,25 +121,25 @@ class Rows:
 
     def causal(self) -> Tensor:
         """Intervals `[N, 1, 2]` with which a row sees itself and what is before it."""
-        rows = torch.arange(int(self.lengths.sum()), dtype=torch.int32)
+        rows = torch.arange(self.count, dtype=torch.int32)
         return torch.stack([self.each(self.bounds)[:, 0, 0], rows + 1], 1)[:, None]
 
     def groups(self) -> list[tuple[int, int]]:
         """Ranges of rows, whole sentences, of at most `GROUP` rows where possible."""
-        ends = self.bounds[:, 1].tolist()
-        if not ends or ends[-1] <= GROUP:
-            return [(0, ends[-1] if ends else 0)]
+        if self.count <= GROUP:
+            return [(0, self.count)]
         groups, start = [], 0
-        for end, after in zip(ends, [*ends[1:], math.inf], strict=True):
+        for end, after in zip(self.ends, [*self.ends[1:], math.inf], strict=True):
             if after - start > GROUP:
                 groups.append((start, end))
                 start = end
         return groups
 
-    def chosen(self, wanted: Tensor) -> Tensor:
-        """Row numbers of the live positions that `wanted: [B, T]` marks."""
+    def chosen(self, wanted: Tensor) -> Tensor | None:
+        """Row numbers of the live positions that `wanted: [B, T]` marks; None if all are."""
         flat = wanted.flatten()
-        return (flat if self.places is None else flat[self.places]).nonzero()[:, 0]
+        rows = (flat if self.places is None else flat[self.places]).nonzero()[:, 0]
+        return rows if len(rows) < self.count else None
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -271,13 +278,16 @@ class FrozenEncoder(_Frozen):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         rows = Rows.of(lengths, x.shape[1])
         intervals, packed = rows.each(rows.bounds), rows.pack(x)
-        parts = []
-        for start, end in rows.groups():
-            h, sees = packed[start:end], intervals[start:end] - start
-            for layer in self.layers:
-                h = layer(h, sees)
-            parts.append(self.norm(h))
-        return rows.unpack(torch.cat(parts) if len(parts) > 1 else parts[0])
+        groups = rows.groups()
+        if len(groups) == 1:
+            return rows.unpack(self._encode(packed, intervals))
+        parts = [self._encode(packed[a:b], intervals[a:b] - a) for a, b in groups]
+        return rows.unpack(torch.cat(parts))
+
+    def _encode(self, h: Tensor, sees: Tensor) -> Tensor:
+        for layer in self.layers:
+            h = layer(h, sees)
+        return self.norm(h)
 
 
 @dataclass(frozen=True)
@@ -389,8 +399,9 @@ class FrozenDecoder(_Frozen):
         """Projects the encoder's `states: [B, S, C]` for every layer at once."""
         rows = Rows.of(lengths, states.shape[1])
         projected = self.key_value(rows.pack(states))
-        heads = _heads(projected, 2 * len(self.layers) * self.heads).split(self.heads, 1)
-        pairs = list(zip(heads[::2], heads[1::2], strict=True))
+        shape = len(projected), 2 * len(self.layers), self.heads, self.dim // self.heads
+        parts = projected.view(shape).unbind(1)
+        pairs = list(zip(parts[::2], parts[1::2], strict=True))
         return FrozenMemory(states, embedded, lengths, rows.bounds, pairs, layouts={})
 
     def forward(
@@ -402,23 +413,20 @@ class FrozenDecoder(_Frozen):
     ) -> Tensor:
         """As `Decoder.forward`; the last layer is computed for the wanted positions alone."""
         rows, sees, reads = self._layout(x, memory, lengths)
-        packed = rows.pack(x)
+        packed, keys_values = rows.pack(x), memory.keys_values
         chosen = None if wanted is None else rows.chosen(wanted)
-        parts = []
-        for start, end in rows.groups():
-            here = chosen
-            if chosen is not None:
-                here = chosen[(chosen >= start) & (chosen < end)] - start
-                here = None if len(here) == end - start else here
-            h = self._decode(
-                packed[start:end],
-                sees[start:end] - start,
-                reads[start:end],
-                memory.keys_values,
-                here,
-            )
-            parts.append(h)
-        h = torch.cat(parts) if len(parts) > 1 else parts[0]
+        groups = rows.groups()
+        if len(groups) == 1:
+            h = self._decode(packed, sees, reads, keys_values, chosen)
+        else:
+            parts = []
+            for start, end in groups:
+                here = chosen
+                if chosen is not None:
+                    here = chosen[(chosen >= start) & (chosen < end)] - start
+                part = packed[start:end], sees[start:end] - start, reads[start:end]
+                parts.append(self._decode(*part, keys_values, here))
+            h = torch.cat(parts)
         return h if wanted is not None else rows.unpack(h)
 
     def rows(

@@ -110,7 +110,7 @@ def _native(
     return out, lse
 
 
-def check_attention(check: Check, q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> None:
+def _check(check: Check, q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> None:
     packed = q.dim() == 3
     if not packed:
         check.dims("q", q, 4, "[B, H, T, D], or 3 [N, H, D]")
@@ -154,7 +154,7 @@ def check_attention(check: Check, q: Tensor, k: Tensor, v: Tensor, intervals: Te
 def _reference(
     q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    check_attention(Check("interval_attention"), q, k, v, intervals)
+    _check(Check("interval_attention"), q, k, v, intervals)
     return reference.interval_attention(q, k, v, intervals, scale=scale, return_lse=True)  # type: ignore[return-value]
 
 
@@ -210,7 +210,7 @@ def _backward_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check = Check("interval_attention_backward")
-    check_attention(check, q, k, v, intervals)
+    _check(check, q, k, v, intervals)
     for name, tensor in (("grad_out", grad_out), ("out", out)):
         check.shape(name, tensor, list(q.shape), "that of `q`")
         check.dtype(name, tensor, (q.dtype,))

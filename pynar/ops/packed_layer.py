@@ -12,7 +12,8 @@ from torch import Tensor
 from pynar import reference
 from pynar.ops._checks import Check
 from pynar.ops._operator import Operator
-from pynar.ops.interval_attention import check_attention
+from pynar.ops.interval_attention import _check as check_attention
+from pynar.ops.interval_attention import _readable as readable
 from pynar.ops.packed_linear import ACTIVATIONS, PackedWeight, check_packed
 
 __all__ = ["PackedLayer", "packed_layer"]
@@ -124,8 +125,9 @@ def _native(
 ) -> Tensor:
     if x.dim() == 2 and x.stride(1) != 1:
         x = x.contiguous()
-    if memory_intervals is not None:
-        memory_intervals = memory_intervals.contiguous()
+    intervals = readable(intervals)
+    if keys is not None and values is not None and memory_intervals is not None:
+        keys, values, memory_intervals = map(readable, (keys, values, memory_intervals))
     rows = (x if chosen is None else chosen).shape[:1]
     y = x.new_empty(*rows, x.shape[-1] if x.dim() else 0)
     extension.packed_layer(
@@ -135,7 +137,7 @@ def _native(
         column_sums,
         biases,
         norms,
-        intervals.contiguous(),
+        intervals,
         keys,
         values,
         memory_intervals,
@@ -170,9 +172,7 @@ def _reference(
     _check_layer(x, data, scales, column_sums, biases, norms, heads, crosses)
     check = Check("packed_layer")
     if not 0 <= activation < len(ACTIVATIONS):
-        Check("packed_linear").fail(
-            "activation", f"be in [0, {len(ACTIVATIONS) - 1}]", activation
-        )
+        Check("packed_linear").fail("activation", f"be in [0, {len(ACTIVATIONS) - 1}]", activation)
     memory = None
     if keys is None or values is None or memory_intervals is None:
         for name, tensor in (("values", values), ("memory_intervals", memory_intervals)):
@@ -198,7 +198,9 @@ def _reference(
     shapes = _maps(x.shape[1], len(biases[-2]), crosses)
     weights = [
         PackedWeight(part, *sums, *shape).unpack()
-        for part, sums, shape in zip(data, _sums(scales, column_sums, len(data)), shapes, strict=True)
+        for part, sums, shape in zip(
+            data, _sums(scales, column_sums, len(data)), shapes, strict=True
+        )
     ]
     return reference.packed_layer(
         x,

@@ -38,9 +38,7 @@ def packed_layer(
 
     def leave(index: int, x: Tensor, residual: Tensor) -> Tensor:
         norm = (norms[index - 1], norms[index], eps) if norms else None
-        return packed_linear(
-            x, weights[index], biases[index], dtype, "none", residual, None, norm
-        )
+        return packed_linear(x, weights[index], biases[index], dtype, "none", residual, None, norm)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
         q = q.view(len(q), heads, -1)
