@@ -46,25 +46,25 @@ class PackedLinear:
     ) -> None:
         weight, bias = weight.detach().double(), bias.detach().double()
         input_eps = -1.0
-        norm: tuple[Tensor | None, Tensor | None, float] = None, None, 0.0
+        self.norm: tuple[Tensor, Tensor] | None = None
+        output_eps = 0.0
         if isinstance(input_norm, nn.LayerNorm):
             bias = bias + weight @ input_norm.bias.detach().double()
             weight = weight * input_norm.weight.detach().double()
             input_eps = input_norm.eps
         if isinstance(output_norm, nn.LayerNorm):
-            affine = output_norm.weight.detach().float(), output_norm.bias.detach().float()
-            norm = *affine, output_norm.eps
+            self.norm = output_norm.weight.detach().float(), output_norm.bias.detach().float()
+            output_eps = output_norm.eps
         self.packed = packed = pack_linear(weight.float(), dtype)
         self.bias = bias.float()
-        self.norm = None if norm[0] is None else norm[:2]
         # The operator's own arguments, checked here once instead of in every call.
         self._weight = packed.data, packed.scales, packed.column_sums, self.bias
         self._rest = (
-            *norm[:2],
+            *(self.norm or (None, None)),
             packed.out_features,
             ACTIVATIONS.index(activation),
             input_eps,
-            norm[2],
+            output_eps,
         )
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

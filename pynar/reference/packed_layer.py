@@ -41,11 +41,11 @@ def packed_layer(
         return packed_linear(x, weights[index], biases[index], dtype, "none", residual, None, norm)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
-        q = q.view(len(q), heads, -1)
+        q = q.unflatten(1, (heads, q.shape[1] // heads))
         return cast(Tensor, interval_attention(q, k, v, intervals, scale=1.0)).flatten(1)
 
     q, k, v = enter(0, x).chunk(3, 1)
-    k, v = (part[:content].unflatten(1, (heads, -1)) for part in (k, v))
+    k, v = (part[:content].unflatten(1, (heads, x.shape[1] // heads)) for part in (k, v))
     if chosen is not None:
         q, x, intervals = q[chosen], x[chosen], intervals[chosen]
     h = leave(1, attend(q.contiguous(), k, v, intervals), x)
