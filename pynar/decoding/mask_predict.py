@@ -168,13 +168,18 @@ class MaskPredict:
         tokens = torch.full_like(live, PAD, dtype=torch.long).masked_fill_(live, MASK)
         scores = torch.zeros(tokens.shape, device=source.device)
         trace = []
-        passes = torch.zeros_like(source_lengths)
+        passes = torch.ones_like(source_lengths)
+        # To choose sentences or positions on a GPU would mean to wait for their number.
+        chooses = not (fixed or tokens.is_cuda)
         iterations = -(-width // self.block) if self.block else self.iterations
         for iteration in range(1, iterations + 1):
-            open_ = (tokens == MASK).unflatten(0, (sentences, candidates)).flatten(1).any(1)
-            passes += open_
-            # To choose sentences or positions on a GPU would mean to wait for their number.
-            chosen = None if fixed or tokens.is_cuda else open_
+            chosen = None
+            if iteration > 1:
+                open_ = (tokens == MASK).unflatten(0, (sentences, candidates)).flatten(1).any(1)
+                passes += open_
+                chosen = open_ if chooses else None
+            elif chooses and len(tokens) != 1:  # one alone has no padding to leave out
+                chosen = torch.ones_like(passes, dtype=torch.bool)
             tokens, scores = fill(model, tokens, scores, lengths, memory, chosen)
             if self.trace:
                 trace.append(tokens)
