@@ -86,6 +86,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("divergence_cross_entropy_backward", &pynar::divergence_cross_entropy_backward, Release());
   m.def("linear_argmax", &pynar::linear_argmax, Release());
   m.def("linear_argmax_workspace", &pynar::linear_argmax_workspace);
+  m.def("packed_layer", &pynar::packed_layer, Release());
   m.def("packed_linear", &pynar::packed_linear, Release());
   m.def("interval_attention", &pynar::interval_attention, Release());
   m.def("interval_attention_backward", &pynar::interval_attention_backward, Release());

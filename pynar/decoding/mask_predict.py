@@ -11,7 +11,6 @@ from pynar.decoding.autoregressive import length_limits
 from pynar.decoding.graphs import MOST_POSITIONS, graphs_of, row_bucket, width_bucket
 from pynar.decoding.hypotheses import Hypotheses
 from pynar.models.cmlm import CMLM
-from pynar.nn.attention import padding_mask
 from pynar.nn.transformer import Memory
 from pynar.ops import mask_predict_step
 from pynar.symbols import MASK, NUM_SPECIAL, PAD
@@ -90,10 +89,10 @@ class MaskPredict:
                 f"MaskPredict: `target_lengths` must have shape [{len(source_lengths)}, n], "
                 f"got {list(target_lengths.shape)}"
             )
-        on_host = target_lengths.cpu()
-        if (on_host < 1).any():
+        on_host = target_lengths.flatten().tolist()
+        if min(on_host, default=1) < 1:
             raise ValueError("MaskPredict: `target_lengths` must be positive")
-        return int(on_host.max()) if on_host.numel() else 0
+        return max(on_host, default=0)
 
     def _by_graph(
         self,
@@ -165,17 +164,22 @@ class MaskPredict:
         fixed = width is not None
         if width is None:
             width = int(lengths.max()) if len(lengths) else 0
-        live = padding_mask(lengths, width)[:, 0, 0]
-        tokens = torch.full_like(live, PAD, dtype=torch.long).masked_fill(live, MASK)
+        live = torch.arange(width, device=source.device) < lengths[:, None]
+        tokens = torch.full_like(live, PAD, dtype=torch.long).masked_fill_(live, MASK)
         scores = torch.zeros(tokens.shape, device=source.device)
         trace = []
-        passes = torch.zeros_like(source_lengths)
+        passes = torch.ones_like(source_lengths)
+        # To choose sentences or positions on a GPU would mean to wait for their number.
+        chooses = not (fixed or tokens.is_cuda)
         iterations = -(-width // self.block) if self.block else self.iterations
         for iteration in range(1, iterations + 1):
-            open_ = (tokens == MASK).unflatten(0, (sentences, candidates)).flatten(1).any(1)
-            passes += open_
-            # To choose sentences or positions on a GPU would mean to wait for their number.
-            chosen = None if fixed or tokens.is_cuda else open_
+            chosen = None
+            if iteration > 1:
+                open_ = (tokens == MASK).unflatten(0, (sentences, candidates)).flatten(1).any(1)
+                passes += open_
+                chosen = open_ if chooses else None
+            elif chooses and len(tokens) != 1:  # one alone has no padding to leave out
+                chosen = torch.ones_like(passes, dtype=torch.bool)
             tokens, scores = fill(model, tokens, scores, lengths, memory, chosen)
             if self.trace:
                 trace.append(tokens)
@@ -185,9 +189,13 @@ class MaskPredict:
             elif iteration < iterations:
                 again = lengths * (iterations - iteration) // iterations
                 tokens, scores = mask_again(tokens, scores, lengths, again)
+        total = scores.sum(1).view(sentences, candidates)
+        if candidates == 1:
+            # The most probable length is always a possible one.
+            best = (total + self.length_prior * log_probs) / target_lengths
+            return Hypotheses(tokens[:, None], target_lengths, best, passes, trace)
         # A candidate that stands for no possible length cannot win, whatever the prior's weight.
         possible = log_probs > -torch.inf
-        total = scores.sum(1).view(sentences, candidates)
         total = total + self.length_prior * log_probs.masked_fill(~possible, 0)
         mean = (total / target_lengths.clamp(min=1)).masked_fill(~possible, -torch.inf)
         best, order = mean.topk(min(self.n_best, candidates), -1)

@@ -8,6 +8,7 @@ The modules take the places of `Encoder` and `Decoder` in a model, which does no
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pynar.nn.transformer import Decoder, Encoder, FeedForward, KeysValues, _Residual
-from pynar.ops import interval_attention, pack_linear
+from pynar.ops import PackedLayer, interval_attention, pack_linear
 from pynar.ops._operator import OPERATORS
 from pynar.ops.packed_linear import ACTIVATIONS
 
@@ -45,23 +46,25 @@ class PackedLinear:
     ) -> None:
         weight, bias = weight.detach().double(), bias.detach().double()
         input_eps = -1.0
-        norm: tuple[Tensor | None, Tensor | None, float] = None, None, 0.0
+        self.norm: tuple[Tensor, Tensor] | None = None
+        output_eps = 0.0
         if isinstance(input_norm, nn.LayerNorm):
             bias = bias + weight @ input_norm.bias.detach().double()
             weight = weight * input_norm.weight.detach().double()
             input_eps = input_norm.eps
         if isinstance(output_norm, nn.LayerNorm):
-            affine = output_norm.weight.detach().float(), output_norm.bias.detach().float()
-            norm = *affine, output_norm.eps
-        packed = pack_linear(weight.float(), dtype)
+            self.norm = output_norm.weight.detach().float(), output_norm.bias.detach().float()
+            output_eps = output_norm.eps
+        self.packed = packed = pack_linear(weight.float(), dtype)
+        self.bias = bias.float()
         # The operator's own arguments, checked here once instead of in every call.
-        self._weight = packed.data, packed.scales, packed.column_sums, bias.float()
+        self._weight = packed.data, packed.scales, packed.column_sums, self.bias
         self._rest = (
-            *norm[:2],
+            *(self.norm or (None, None)),
             packed.out_features,
             ACTIVATIONS.index(activation),
             input_eps,
-            norm[2],
+            output_eps,
         )
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -74,20 +77,26 @@ class Rows:
 
     batch: int
     width: int
+    ends: list[int]  # where the rows of every sentence end
     bounds: Tensor  # int32 [B, 2]: the rows of every sentence
     lengths: Tensor  # int64 [B]
     places: Tensor | None  # int64 [N]: position in [B * T] of every row; None without padding
 
     @staticmethod
     def of(lengths: Tensor, width: int) -> Rows:
-        ends = lengths.cumsum(0)
-        bounds = torch.stack([ends - lengths, ends], 1).int()
-        batch = len(lengths)
+        # In Python, since between the kernels' weights every operator's code comes from memory.
+        ends = list(itertools.accumulate(lengths.tolist()))
+        batch = len(ends)
+        bounds = torch.tensor([*zip([0, *ends], ends, strict=False)], dtype=torch.int32)
         places = None
-        if batch and int(ends[-1]) < batch * width:
+        if batch and ends[-1] < batch * width:
             live = torch.arange(width) < lengths[:, None]
             places = live.flatten().nonzero()[:, 0]
-        return Rows(batch, width, bounds, lengths, places)
+        return Rows(batch, width, ends, bounds.view(batch, 2), lengths, places)
+
+    @property
+    def count(self) -> int:
+        return self.ends[-1] if self.ends else 0
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, C] -> [N, C]`."""
@@ -112,25 +121,25 @@ class Rows:
 
     def causal(self) -> Tensor:
         """Intervals `[N, 1, 2]` with which a row sees itself and what is before it."""
-        rows = torch.arange(int(self.lengths.sum()), dtype=torch.int32)
+        rows = torch.arange(self.count, dtype=torch.int32)
         return torch.stack([self.each(self.bounds)[:, 0, 0], rows + 1], 1)[:, None]
 
     def groups(self) -> list[tuple[int, int]]:
         """Ranges of rows, whole sentences, of at most `GROUP` rows where possible."""
-        ends = self.bounds[:, 1].tolist()
-        if not ends or ends[-1] <= GROUP:
-            return [(0, ends[-1] if ends else 0)]
+        if self.count <= GROUP:
+            return [(0, self.count)]
         groups, start = [], 0
-        for end, after in zip(ends, [*ends[1:], math.inf], strict=True):
+        for end, after in zip(self.ends, [*self.ends[1:], math.inf], strict=True):
             if after - start > GROUP:
                 groups.append((start, end))
                 start = end
         return groups
 
-    def chosen(self, wanted: Tensor) -> Tensor:
-        """Row numbers of the live positions that `wanted: [B, T]` marks."""
+    def chosen(self, wanted: Tensor) -> Tensor | None:
+        """Row numbers of the live positions that `wanted: [B, T]` marks; None if all are."""
         flat = wanted.flatten()
-        return (flat if self.places is None else flat[self.places]).nonzero()[:, 0]
+        rows = (flat if self.places is None else flat[self.places]).nonzero()[:, 0]
+        return rows if len(rows) < self.count else None
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -147,9 +156,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
 class _Feed:
     def __init__(self, module: FeedForward, residual: _Residual, dtype: torch.dtype) -> None:
         before, after = _norms(residual)
-        activation = {F.relu: "relu", F.gelu: "gelu"}[module.activation]
+        self.activation = {F.relu: "relu", F.gelu: "gelu"}[module.activation]
         self.inner = PackedLinear(
-            module.inner.weight, module.inner.bias, dtype, activation=activation, input_norm=before
+            module.inner.weight,
+            module.inner.bias,
+            dtype,
+            activation=self.activation,
+            input_norm=before,
         )
         self.outer = PackedLinear(module.outer.weight, module.outer.bias, dtype, output_norm=after)
 
@@ -179,21 +192,6 @@ class _SelfAttention:
         h = _heads(self.qkv(x), 3 * self.heads)
         return h[:, : self.heads], h[:, self.heads :]
 
-    def __call__(
-        self,
-        x: Tensor,
-        intervals: Tensor,
-        chosen: Tensor | None = None,
-        content: int | None = None,
-    ) -> Tensor:
-        """With `chosen: [M]` the result is that of those rows; they see the first `content`."""
-        q, kv = self.project(x)
-        kv = kv[:content]
-        if chosen is not None:
-            q, x, intervals = q[chosen], x[chosen], intervals[chosen]
-        y = _attend(q, kv[:, : self.heads], kv[:, self.heads :], intervals)
-        return self.output(y, x)
-
 
 class _CrossAttention:
     def __init__(self, module: Any, residual: _Residual, dtype: torch.dtype) -> None:
@@ -209,6 +207,45 @@ class _CrossAttention:
     def __call__(self, x: Tensor, keys_values: tuple[Tensor, Tensor], intervals: Tensor) -> Tensor:
         y = _attend(_heads(self.query(x), self.heads), *keys_values, intervals)
         return self.output(y, x)
+
+
+class _Layer:
+    """A layer of the encoder or the decoder: one call where no cache stands in between."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        residual = layer.residual
+        self.attention = _SelfAttention(layer.self_attention, residual[0], dtype)
+        self.feed = _Feed(layer.feed_forward, residual[-1], dtype)
+        maps = [self.attention.qkv, self.attention.output, self.feed.inner, self.feed.outer]
+        if len(residual) == 3:
+            self.cross = _CrossAttention(layer.cross_attention, residual[1], dtype)
+            maps[2:2] = self.cross.query, self.cross.output
+        packed = PackedLayer(
+            tuple(part.packed for part in maps),
+            tuple(part.bias for part in maps),
+            tuple(tensor for part in maps for tensor in part.norm or ()),
+            self.attention.heads,
+            self.feed.activation,
+            residual[0].norm.eps,
+        )
+        self._tensors = packed.tensors()
+        self._rest = packed.heads, ACTIVATIONS.index(packed.activation), packed.eps
+
+    def __call__(
+        self,
+        x: Tensor,
+        sees: Tensor,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+        reads: Tensor | None = None,
+        chosen: Tensor | None = None,
+        content: int | None = None,
+    ) -> Tensor:
+        """With `chosen: [M]` the result is that of those rows; all see the first `content`."""
+        keys, values = keys_values or (None, None)
+        content = x.shape[0] if content is None else content
+        return OPERATORS["packed_layer"](
+            x, *self._tensors, sees, keys, values, reads, chosen, content, *self._rest
+        )
 
 
 class _Frozen(nn.Module):
@@ -234,23 +271,23 @@ class FrozenEncoder(_Frozen):
 
     def __init__(self, encoder: Encoder, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layers: list[tuple[_SelfAttention, _Feed]] = []
-        for layer in _modules(encoder.layers):
-            attention = _SelfAttention(layer.self_attention, layer.residual[0], dtype)
-            self.layers.append((attention, _Feed(layer.feed_forward, layer.residual[1], dtype)))
+        self.layers = [_Layer(layer, dtype) for layer in encoder.layers]
         self.norm = _plain(encoder.norm)
         self.training = False
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         rows = Rows.of(lengths, x.shape[1])
         intervals, packed = rows.each(rows.bounds), rows.pack(x)
-        parts = []
-        for start, end in rows.groups():
-            h, sees = packed[start:end], intervals[start:end] - start
-            for attention, feed in self.layers:
-                h = feed(attention(h, sees))
-            parts.append(self.norm(h))
-        return rows.unpack(torch.cat(parts) if len(parts) > 1 else parts[0])
+        groups = rows.groups()
+        if len(groups) == 1:
+            return rows.unpack(self._encode(packed, intervals))
+        parts = [self._encode(packed[a:b], intervals[a:b] - a) for a, b in groups]
+        return rows.unpack(torch.cat(parts))
+
+    def _encode(self, h: Tensor, sees: Tensor) -> Tensor:
+        for layer in self.layers:
+            h = layer(h, sees)
+        return self.norm(h)
 
 
 @dataclass(frozen=True)
@@ -350,19 +387,10 @@ class FrozenDecoder(_Frozen):
     def __init__(self, decoder: Decoder, dtype: torch.dtype) -> None:
         super().__init__()
         self.dim, self.heads = decoder.dim, decoder.heads
-        self.layers: list[tuple[_SelfAttention, _CrossAttention, _Feed]] = []
-        weights, biases = [], []
-        for layer in _modules(decoder.layers):
-            residual = layer.residual
-            self.layers.append(
-                (
-                    _SelfAttention(layer.self_attention, residual[0], dtype),
-                    _CrossAttention(layer.cross_attention, residual[1], dtype),
-                    _Feed(layer.feed_forward, residual[2], dtype),
-                )
-            )
-            weights.append(layer.cross_attention.key_value.weight.detach())
-            biases.append(layer.cross_attention.key_value.bias.detach())
+        self.layers = [_Layer(layer, dtype) for layer in decoder.layers]
+        projections = [layer.cross_attention.key_value for layer in _modules(decoder.layers)]
+        weights = [projection.weight.detach() for projection in projections]
+        biases = [projection.bias.detach() for projection in projections]
         self.key_value = PackedLinear(torch.cat(weights), torch.cat(biases), dtype)
         self.norm = _plain(decoder.norm)
         self.training = False
@@ -371,8 +399,9 @@ class FrozenDecoder(_Frozen):
         """Projects the encoder's `states: [B, S, C]` for every layer at once."""
         rows = Rows.of(lengths, states.shape[1])
         projected = self.key_value(rows.pack(states))
-        heads = _heads(projected, 2 * len(self.layers) * self.heads).split(self.heads, 1)
-        pairs = list(zip(heads[::2], heads[1::2], strict=True))
+        shape = len(projected), 2 * len(self.layers), self.heads, self.dim // self.heads
+        parts = projected.view(shape).unbind(1)
+        pairs = list(zip(parts[::2], parts[1::2], strict=True))
         return FrozenMemory(states, embedded, lengths, rows.bounds, pairs, layouts={})
 
     def forward(
@@ -384,22 +413,20 @@ class FrozenDecoder(_Frozen):
     ) -> Tensor:
         """As `Decoder.forward`; the last layer is computed for the wanted positions alone."""
         rows, sees, reads = self._layout(x, memory, lengths)
-        packed = rows.pack(x)
+        packed, keys_values = rows.pack(x), memory.keys_values
         chosen = None if wanted is None else rows.chosen(wanted)
-        parts = []
-        for start, end in rows.groups():
-            here = chosen
-            if chosen is not None:
-                here = chosen[(chosen >= start) & (chosen < end)] - start
-            h = self._decode(
-                packed[start:end],
-                sees[start:end] - start,
-                reads[start:end],
-                memory.keys_values,
-                here,
-            )
-            parts.append(h)
-        h = torch.cat(parts) if len(parts) > 1 else parts[0]
+        groups = rows.groups()
+        if len(groups) == 1:
+            h = self._decode(packed, sees, reads, keys_values, chosen)
+        else:
+            parts = []
+            for start, end in groups:
+                here = chosen
+                if chosen is not None:
+                    here = chosen[(chosen >= start) & (chosen < end)] - start
+                part = packed[start:end], sees[start:end] - start, reads[start:end]
+                parts.append(self._decode(*part, keys_values, here))
+            h = torch.cat(parts)
         return h if wanted is not None else rows.unpack(h)
 
     def rows(
@@ -425,10 +452,9 @@ class FrozenDecoder(_Frozen):
         content: int | None = None,
     ) -> Tensor:
         last = len(self.layers) - 1
-        for index, (attention, cross, feed) in enumerate(self.layers):
+        for index, layer in enumerate(self.layers):
             here = chosen if index == last else None
-            h = attention(h, sees, here, content)
-            h = feed(cross(h, keys_values[index], reads if here is None else reads[here]))
+            h = layer(h, sees, keys_values[index], reads, here, content)
         return self.norm(h)
 
     def _layout(
@@ -463,14 +489,14 @@ class FrozenDecoder(_Frozen):
         reads, sees = last_reads, last_sees
         if streams > 1:
             reads, sees = (part.repeat_interleave(streams, 0) for part in (reads, sees))
-        for index, (attention, cross, feed) in enumerate(self.layers):
-            q, kv = attention.project(h)
+        for index, layer in enumerate(self.layers):
+            q, kv = layer.attention.project(h)
             keys_values = cache.write(index, kv[::streams])
             if streams > 1 and index + 1 == len(self.layers):
                 h, q = (part[streams - 1 :: streams].contiguous() for part in (h, q))
                 reads, sees = last_reads, last_sees
-            h = attention.output(_attend(q, *keys_values, sees), h)
-            h = feed(cross(h, memory.keys_values[index], reads))
+            h = layer.attention.output(_attend(q, *keys_values, sees), h)
+            h = layer.feed(layer.cross(h, memory.keys_values[index], reads))
         cache.position += 1
         return self.norm(h)[:, None]
 

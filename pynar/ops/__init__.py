@@ -10,9 +10,11 @@ from pynar.ops.intervals import (
 )
 from pynar.ops.linear_argmax import linear_argmax
 from pynar.ops.mask_predict_step import mask_predict_step
+from pynar.ops.packed_layer import PackedLayer, packed_layer
 from pynar.ops.packed_linear import PackedWeight, pack_linear, packed_linear
 
 __all__ = [
+    "PackedLayer",
     "PackedWeight",
     "causal_intervals",
     "divergence_cross_entropy",
@@ -21,6 +23,7 @@ __all__ = [
     "linear_argmax",
     "mask_predict_step",
     "pack_linear",
+    "packed_layer",
     "packed_linear",
     "padding_intervals",
     "two_stream_intervals",

@@ -132,10 +132,14 @@ def packed_linear(
     norm_weight, norm_bias, output_eps = output_norm or (None, None, 0.0)
     if not output_eps >= 0:
         check.fail("output_norm", "have an epsilon of at least 0", output_eps)
+    operator: Any = _OPERATOR
     if torch.is_grad_enabled():
         x, bias, residual = x.detach(), _detached(bias), _detached(residual)
         norm_weight, norm_bias = _detached(norm_weight), _detached(norm_bias)
-    return _OPERATOR(
+    elif type(x) is Tensor and not torch.compiler.is_compiling():
+        # Past the dispatcher, which takes longer than a small layer of one row does.
+        operator = _OPERATOR._direct.get(x.device.type, _OPERATOR)
+    return operator(
         x,
         weight.data,
         weight.scales,

@@ -11,6 +11,7 @@ from pynar.reference.interval_attention import (
 )
 from pynar.reference.linear_argmax import linear_argmax
 from pynar.reference.mask_predict_step import mask_predict_step
+from pynar.reference.packed_layer import packed_layer
 from pynar.reference.packed_linear import packed_linear, round_rows, round_weight
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "interval_mask",
     "linear_argmax",
     "mask_predict_step",
+    "packed_layer",
     "packed_linear",
     "round_rows",
     "round_weight",

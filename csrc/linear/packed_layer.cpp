@@ -1,0 +1,224 @@
+// A Transformer layer: packed_linear and interval_attention one after the other, without a way back
+// to Python between them.
+#include <algorithm>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "common/operators.h"
+
+namespace pynar {
+namespace {
+
+constexpr const char* kName = "packed_layer";
+
+// A tensor in memory of our own. It stays where it is, since the tensor points into it.
+class View {
+ public:
+  View(void* data, DataType dtype, std::initializer_list<int64_t> shape,
+       std::initializer_list<int64_t> strides) {
+    std::copy(shape.begin(), shape.end(), shape_);
+    std::copy(strides.begin(), strides.end(), strides_);
+    const auto dims = static_cast<int32_t>(shape.size());
+    tensor_ = {{data, {dlpack::kCpu, 0}, dims, dtype, shape_, strides_, 0}, nullptr, false};
+  }
+  View(float* data, int64_t rows, int64_t columns)
+      : View(data, kFloat32, {rows, columns}, {columns, 1}) {}
+  View(const View&) = delete;
+  View& operator=(const View&) = delete;
+
+  operator const Tensor&() const { return tensor_; }
+
+ private:
+  static constexpr int kMaxDims = 3;
+  int64_t shape_[kMaxDims];
+  int64_t strides_[kMaxDims];
+  Tensor tensor_;
+};
+
+// Rows `index` of `from`, which has so many numbers a row.
+void gather(const float* from, int64_t stride, int64_t size, const Tensor& index, float* out) {
+  for (int64_t i = 0; i < index.size(0); ++i) {
+    const float* row = from + index.data<int64_t>()[i * index.stride(0)] * stride;
+    out = std::copy(row, row + size, out);
+  }
+}
+
+struct Layer {
+  const std::vector<Tensor>& weights;
+  const std::vector<Tensor>& scales;
+  const std::vector<Tensor>& column_sums;
+  const std::vector<Tensor>& biases;
+  const std::vector<Tensor>& norms;
+  double eps;
+
+  bool norm_first() const { return norms.empty(); }
+  // The map that begins a sub-layer.
+  void enter(size_t map, const Tensor& x, const Tensor& y, int64_t activation = 0) const {
+    run(map, x, std::nullopt, std::nullopt, std::nullopt, activation, norm_first() ? eps : -1, y);
+  }
+  // The one that ends it.
+  void leave(size_t map, const Tensor& x, const Tensor& residual, const Tensor& y) const {
+    std::optional<Tensor> norm_weight, norm_bias;
+    if (!norm_first()) {
+      norm_weight = norms[map - 1];
+      norm_bias = norms[map];
+    }
+    run(map, x, residual, norm_weight, norm_bias, 0, -1, y);
+  }
+
+ private:
+  void run(size_t map, const Tensor& x, const std::optional<Tensor>& residual,
+           const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+           int64_t activation, double input_eps, const Tensor& y) const {
+    std::optional<Tensor> scale, sums;
+    if (!scales.empty()) {
+      scale = scales[map];
+      sums = column_sums[map];
+    }
+    packed_linear(x, weights[map], scale, sums, biases[map], residual, norm_weight, norm_bias,
+                  activation, input_eps, eps, y);
+  }
+};
+
+void check_count(const Check& check, const char* name, const std::vector<Tensor>& tensors,
+                 size_t wanted, const char* meaning) {
+  if (tensors.size() == wanted) return;
+  check.fail(name, "have " + std::to_string(wanted) + " tensors (" + meaning + ")",
+             std::to_string(tensors.size()));
+}
+
+void check_intervals(const Check& check, const char* name, const Tensor& intervals, int64_t rows) {
+  check.dims(name, intervals, 3, "[N, R, 2]");
+  check.shape(name, intervals, {rows, intervals.size(1), 2}, "rows of `x`, R, begin and end");
+  check.dtype(name, intervals, {kInt32});
+}
+
+}  // namespace
+
+void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
+                  const std::vector<Tensor>& scales, const std::vector<Tensor>& column_sums,
+                  const std::vector<Tensor>& biases, const std::vector<Tensor>& norms,
+                  const Tensor& intervals, const std::optional<Tensor>& keys,
+                  const std::optional<Tensor>& values,
+                  const std::optional<Tensor>& memory_intervals,
+                  const std::optional<Tensor>& chosen, int64_t content, int64_t heads,
+                  int64_t activation, double eps, const Tensor& y) {
+  const Check check(kName);
+  check.dims("x", x, 2, "[N, C]");
+  check.dtype("x", x, {kFloat32});
+  if (x.device().type != dlpack::kCpu) {
+    check.fail("x", "be on cpu, where packed weights are used", to_string(x.device()));
+  }
+  const int64_t rows = x.size(0);
+  const int64_t dim = x.size(1);
+  if (heads < 1 || dim % heads != 0) {
+    check.fail("heads", "divide the channels of `x` (" + std::to_string(dim) + ")",
+               std::to_string(heads));
+  }
+  const bool crosses = keys.has_value();
+  for (const auto& [name, tensor] :
+       {std::pair{"values", &values}, {"memory_intervals", &memory_intervals}}) {
+    if (tensor->has_value() == crosses) continue;
+    check.fail(name, "be given with `keys`, and only then", crosses ? "None" : "it alone");
+  }
+  const size_t maps = crosses ? 6 : 4;
+  check_count(check, "weights", weights, maps, "one for each linear map");
+  check_count(check, "biases", biases, maps, "one for each linear map");
+  if (!scales.empty() || !column_sums.empty()) {
+    check_count(check, "scales", scales, maps, "one for each linear map, or none");
+    check_count(check, "column_sums", column_sums, maps, "one for each linear map, or none");
+  }
+  if (!norms.empty()) {
+    check_count(check, "norms", norms, maps, "weight and bias for each sub-layer, or none");
+  }
+  check.dims("biases", biases[maps - 2], 1, "[F]");
+  const int64_t hidden = biases[maps - 2].size(0);
+  for (size_t map = 0; map < maps; ++map) {
+    const int64_t columns = map == 0 ? 3 * dim : map == maps - 2 ? hidden : dim;
+    check.shape("biases", biases[map], {columns}, "3 C, then C each, F and C");
+  }
+  check_intervals(check, "intervals", intervals, rows);
+  if (crosses) check_intervals(check, "memory_intervals", *memory_intervals, rows);
+  if (content < 0 || content > rows) {
+    check.fail("content", "be in [0, " + std::to_string(rows) + "]", std::to_string(content));
+  }
+  int64_t wanted = rows;
+  if (chosen) {
+    check.dims("chosen", *chosen, 1, "[M]");
+    check.dtype("chosen", *chosen, {kInt64});
+    check.device("chosen", *chosen, "x", x);
+    wanted = chosen->size(0);
+    for (int64_t i = 0; i < wanted; ++i) {
+      const int64_t row = chosen->data<int64_t>()[i * chosen->stride(0)];
+      if (row >= 0 && row < rows) continue;
+      check.fail("chosen", "lie in [0, " + std::to_string(rows) + ")", std::to_string(row));
+    }
+  }
+  check.shape("y", y, {wanted, dim}, "wanted rows, channels of `x`");
+  if (wanted == 0) return;
+
+  const Layer layer{weights, scales, column_sums, biases, norms, eps};
+  const int64_t size = wanted * dim;
+  const auto memory = std::make_unique_for_overwrite<float[]>(3 * rows * dim + 4 * size +
+                                                              wanted * (hidden + heads));
+  float* const qkv = memory.get();
+  float* const buffer[] = {qkv + 3 * rows * dim, qkv + 3 * rows * dim + size,
+                           qkv + 3 * rows * dim + 2 * size, qkv + 3 * rows * dim + 3 * size};
+  const View inner(buffer[3] + size, wanted, hidden);
+  const View lse(buffer[3] + size + wanted * hidden, wanted, heads);
+  const auto of_heads = [&](float* data, int64_t count, int64_t stride) {
+    return View(data, kFloat32, {count, heads, dim / heads}, {stride, dim / heads, 1});
+  };
+  std::vector<int32_t> chosen_intervals;
+  const auto attend = [&](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sees,
+                          float* out) {
+    // The scale is in the queries' weight.
+    const View y = of_heads(out, wanted, dim);
+    if (!chosen) {
+      interval_attention(q, k, v, sees, 1.0, y, lse);
+      return;
+    }
+    const int64_t count = sees.size(1);
+    chosen_intervals.clear();
+    for (int64_t i = 0; i < wanted; ++i) {
+      const int64_t row = chosen->data<int64_t>()[i * chosen->stride(0)];
+      const int32_t* interval = sees.data<int32_t>() + row * sees.stride(0);
+      for (int64_t r = 0; r < count; ++r, interval += sees.stride(1)) {
+        chosen_intervals.push_back(interval[0]);
+        chosen_intervals.push_back(interval[sees.stride(2)]);
+      }
+    }
+    const View rows_see(chosen_intervals.data(), kInt32, {wanted, count, 2}, {2 * count, 2, 1});
+    interval_attention(q, k, v, rows_see, 1.0, y, lse);
+  };
+
+  layer.enter(0, x, View(qkv, rows, 3 * dim));
+  const View k = of_heads(qkv + dim, content, 3 * dim);
+  const View v = of_heads(qkv + 2 * dim, content, 3 * dim);
+  const View states(buffer[0], wanted, dim);
+  const View attended(buffer[1], wanted, dim);
+  if (chosen) {
+    gather(qkv, 3 * dim, dim, *chosen, buffer[2]);
+    gather(x.data<float>(), x.stride(0), dim, *chosen, buffer[3]);
+    attend(of_heads(buffer[2], wanted, dim), k, v, intervals, buffer[1]);
+    layer.leave(1, attended, View(buffer[3], wanted, dim), states);
+  } else {
+    attend(of_heads(qkv, rows, 3 * dim), k, v, intervals, buffer[1]);
+    layer.leave(1, attended, x, states);
+  }
+  const Tensor* last = &static_cast<const Tensor&>(states);
+  const View crossed(buffer[3], wanted, dim);
+  if (crosses) {
+    layer.enter(2, states, View(buffer[2], wanted, dim));
+    attend(of_heads(buffer[2], wanted, dim), *keys, *values, *memory_intervals, buffer[1]);
+    layer.leave(3, attended, states, crossed);
+    last = &static_cast<const Tensor&>(crossed);
+  }
+  layer.enter(maps - 2, *last, inner, activation);
+  layer.leave(maps - 1, inner, *last, y);
+}
+
+}  // namespace pynar

@@ -1,0 +1,349 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pynar.ops import (
+    PackedLayer,
+    interval_attention,
+    pack_linear,
+    packed_layer,
+    packed_linear,
+)
+from pynar.ops.packed_layer import _OPERATOR
+from pynar.testing import tolerance
+
+FORMATS = [torch.float32, torch.bfloat16, torch.int8]
+DIM, HIDDEN, HEADS, EPS = 24, 40, 3, 1e-3
+LENGTHS, SOURCES = [4, 1, 7, 2], [3, 5, 1, 8]
+
+
+def spread(lengths: list[int], of: list[int]) -> Tensor:
+    """For each row of sentences of these lengths the rows of the same sentence among `of`."""
+    ends = torch.tensor(of).cumsum(0)
+    bounds = torch.stack([ends - torch.tensor(of), ends], 1).int()
+    return bounds.repeat_interleave(torch.tensor(lengths), 0)[:, None]
+
+
+def make_layer(dtype: torch.dtype, *, crosses: bool, norm_first: bool) -> PackedLayer:
+    shapes = [(3 * DIM, DIM), (DIM, DIM)] + 2 * crosses * [(DIM, DIM)]
+    shapes += [(HIDDEN, DIM), (DIM, HIDDEN)]
+    weights = [torch.randn(shape) / shape[1] ** 0.5 for shape in shapes]
+    norms = () if norm_first else tuple(torch.rand(DIM) for _ in shapes)
+    return PackedLayer(
+        tuple(pack_linear(weight, dtype) for weight in weights),
+        tuple(torch.randn(shape[0]) for shape in shapes),
+        norms,
+        HEADS,
+        "gelu",
+        EPS,
+    )
+
+
+def make_arguments(crosses: bool) -> tuple[Tensor, Tensor, Any]:
+    x = torch.randn(sum(LENGTHS), DIM)
+    memory = None
+    if crosses:
+        keys, values = torch.randn(2, sum(SOURCES), HEADS, DIM // HEADS)
+        memory = keys, values, spread(LENGTHS, SOURCES)
+    return x, spread(LENGTHS, LENGTHS), memory
+
+
+def by_parts(
+    x: Tensor,
+    layer: PackedLayer,
+    intervals: Tensor,
+    memory: Any = None,
+    chosen: Tensor | None = None,
+    content: int | None = None,
+) -> Tensor:
+    """The same from the operators that it consists of."""
+    norm_first = not layer.norms
+
+    def enter(index: int, x: Tensor, activation: str = "none") -> Tensor:
+        eps = EPS if norm_first else None
+        weight, bias = layer.weights[index], layer.biases[index]
+        return packed_linear(x, weight, bias, activation=activation, input_norm=eps)
+
+    def leave(index: int, x: Tensor, residual: Tensor) -> Tensor:
+        norm = None if norm_first else (*layer.norms[index - 1 : index + 1], EPS)
+        weight, bias = layer.weights[index], layer.biases[index]
+        return packed_linear(x, weight, bias, residual=residual, output_norm=norm)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor) -> Tensor:
+        y = interval_attention(q.unflatten(1, (HEADS, -1)), k, v, sees, scale=1.0)
+        assert isinstance(y, Tensor)
+        return y.flatten(1)
+
+    q, k, v = enter(0, x).chunk(3, 1)
+    k, v = (part[:content].unflatten(1, (HEADS, -1)) for part in (k, v))
+    rows = torch.arange(len(x)) if chosen is None else chosen
+    h = leave(1, attend(q[rows], k, v, intervals[rows]), x[rows])
+    if memory is not None:
+        h = leave(3, attend(enter(2, h), *memory[:2], memory[2][rows]), h)
+    last = len(layer.weights) - 1
+    return leave(last, enter(last - 1, h, layer.activation), h)
+
+
+every_layer = pytest.mark.parametrize(
+    ("crosses", "norm_first"), [(False, False), (False, True), (True, False), (True, True)]
+)
+
+
+@every_layer
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_is_its_parts_to_the_last_bit(
+    dtype: torch.dtype, crosses: bool, norm_first: bool, extension: Any
+) -> None:
+    layer = make_layer(dtype, crosses=crosses, norm_first=norm_first)
+    x, sees, memory = make_arguments(crosses)
+    chosen = torch.tensor([12, 0, 5, 5])
+    for options in ({}, {"chosen": chosen}, {"content": 8, "chosen": chosen}, {"content": 8}):
+        seen = sees.clamp(max=options.get("content", 99))  # type: ignore[call-overload]
+        got = packed_layer(x, layer, seen, memory=memory, **options)  # type: ignore[arg-type]
+        want = by_parts(x, layer, seen, memory, **options)  # type: ignore[arg-type]
+        assert torch.equal(got, want)
+
+
+class Module(nn.Module):
+    """PyTorch's own attention and normalisation, sentence by sentence, in float64."""
+
+    def __init__(self, layer: PackedLayer) -> None:
+        super().__init__()
+        self.weights = [weight.unpack().double() for weight in layer.weights]
+        self.biases = [bias.double() for bias in layer.biases]
+        self.norms = [norm.double() for norm in layer.norms]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(1, (HEADS, -1)).transpose(0, 1) for part in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(0, 1).flatten(1)
+
+    def linear(self, index: int, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[index], self.biases[index])
+
+    def forward(self, h: Tensor, keys: Tensor | None, values: Tensor | None) -> Tensor:
+        last = len(self.weights) - 1
+
+        def self_attention(x: Tensor) -> Tensor:
+            return self.linear(1, self.attend(*self.linear(0, x).chunk(3, 1)))
+
+        def cross_attention(x: Tensor) -> Tensor:
+            assert keys is not None and values is not None
+            y = self.attend(self.linear(2, x), keys.flatten(1), values.flatten(1))
+            return self.linear(3, y)
+
+        def feed_forward(x: Tensor) -> Tensor:
+            return self.linear(last, F.gelu(self.linear(last - 1, x)))
+
+        sublayers = [self_attention, cross_attention, feed_forward]
+        if keys is None:
+            del sublayers[1]
+        for index, sublayer in enumerate(sublayers):
+            if not self.norms:
+                h = h + sublayer(F.layer_norm(h, (DIM,), eps=EPS))
+            else:
+                norm = self.norms[2 * index : 2 * index + 2]
+                h = F.layer_norm(h + sublayer(h), (DIM,), *norm, EPS)
+        return h
+
+
+@every_layer
+@pytest.mark.parametrize("run", ["operator", "reference"])
+def test_is_a_transformer_layer_of_each_sentence(
+    run: str, crosses: bool, norm_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if run == "reference":
+        monkeypatch.setattr(_OPERATOR, "call", _OPERATOR.reference)
+    layer = make_layer(torch.float32, crosses=crosses, norm_first=norm_first)
+    x, sees, memory = make_arguments(crosses)
+    got = packed_layer(x, layer, sees, memory=memory)
+    module, want = Module(layer), []
+    keys, values = (part.double().split(SOURCES) for part in memory[:2]) if memory else ([], [])
+    for index, sentence in enumerate(x.double().split(LENGTHS)):
+        pair = (keys[index], values[index]) if memory else (None, None)
+        want.append(module(sentence, *pair))
+    limits = {name: 10 * limit for name, limit in tolerance("cpu", torch.float32).items()}
+    torch.testing.assert_close(got, torch.cat(want).float(), **limits)  # type: ignore[arg-type]
+    chosen = torch.tensor([3, 13, 0])
+    part = packed_layer(x, layer, sees, memory=memory, chosen=chosen)
+    torch.testing.assert_close(part, got[chosen], **limits)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("simd_level")
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_every_simd_level_matches_the_reference(dtype: torch.dtype) -> None:
+    layer = make_layer(dtype, crosses=True, norm_first=True)
+    x, sees, memory = make_arguments(True)
+    arguments = raw_arguments(layer, x, sees, memory)
+    # Few bits: a sum in another order can come to lie on the other side of a rounding step.
+    limit = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.int8: 2e-1}[dtype]
+    torch.testing.assert_close(
+        _OPERATOR.call(*arguments), _OPERATOR.reference(*arguments), rtol=limit, atol=limit
+    )
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_sentences_do_not_depend_on_batch_mates_or_threads(dtype: torch.dtype) -> None:
+    layer = make_layer(dtype, crosses=True, norm_first=False)
+    x, sees, memory = make_arguments(True)
+    together = packed_layer(x, layer, sees, memory=memory)
+    begin = source = 0
+    for length, size in zip(LENGTHS, SOURCES, strict=True):
+        own = slice(begin, begin + length)
+        part = *(m[source : source + size] for m in memory[:2]), memory[2][own] - source
+        alone = packed_layer(x[own], layer, sees[own] - begin, memory=part)
+        assert torch.equal(alone, together[own])
+        begin, source = begin + length, source + size
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(packed_layer(x, layer, sees, memory=memory), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_views_equal_copies() -> None:
+    layer = make_layer(torch.int8, crosses=True, norm_first=True)
+    rows = sum(LENGTHS)
+    wide = torch.randn(2 * rows, 3 * DIM)
+    projected = torch.randn(sum(SOURCES), 6, HEADS, DIM // HEADS)
+    bounds = torch.tensor([[0, 5]], dtype=torch.int32)
+    sees = bounds.expand(rows, 2)[:, None]
+    for x in (wide[::2, 2 : 2 + DIM], wide[:rows, ::3]):
+        memory = projected[:, 1], projected[:, 4], sees.flip(2).flip(2)
+        chosen = torch.tensor([1, 9, 2, 9])[::2]
+        views = packed_layer(x, layer, sees, memory=memory, chosen=chosen)
+        copies = packed_layer(
+            x.clone(memory_format=torch.contiguous_format),
+            layer,
+            sees.contiguous(),
+            memory=tuple(part.contiguous() for part in memory),  # type: ignore[arg-type]
+            chosen=chosen.contiguous(),
+        )
+        torch.testing.assert_close(views, copies, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_read_of_what_no_row_sees() -> None:
+    layer = make_layer(torch.float32, crosses=True, norm_first=False)
+    x, sees, (keys, values, reads) = make_arguments(True)
+    want = packed_layer(x, layer, sees, memory=(keys, values, reads))
+    spare = torch.full((3, *keys.shape[1:]), torch.nan)
+    more = torch.cat([keys, spare]), torch.cat([values, spare]), reads
+    assert torch.equal(packed_layer(x, layer, sees, memory=more), want)
+    x[5:12] = torch.nan  # the third sentence
+    got = packed_layer(x, layer, sees, memory=(keys, values, reads))
+    others = torch.cat([torch.arange(5), torch.arange(12, 14)])
+    assert got[5:12].isnan().all()
+    torch.testing.assert_close(got[others], want[others], rtol=1e-5, atol=1e-5)
+
+
+def test_empty() -> None:
+    layer = make_layer(torch.int8, crosses=False, norm_first=True)
+    sees = torch.zeros(0, 1, 2, dtype=torch.int32)
+    assert packed_layer(torch.empty(0, DIM), layer, sees).shape == (0, DIM)
+    x, sees, _ = make_arguments(False)
+    nothing = torch.zeros(0, dtype=torch.long)
+    assert packed_layer(x, layer, sees, chosen=nothing).shape == (0, DIM)
+
+
+def raw_arguments(layer: PackedLayer, x: Tensor, sees: Tensor, memory: Any) -> tuple[Any, ...]:
+    keys, values, reads = memory or (None, None, None)
+    rest = (keys, values, reads, None, len(x), HEADS, 1, EPS)
+    return (x, *layer.tensors(), sees, *rest)
+
+
+@pytest.mark.parametrize(("dtype", "crosses"), [(torch.float32, False), (torch.int8, True)])
+def test_registered_rightly(dtype: torch.dtype, crosses: bool) -> None:
+    layer = make_layer(dtype, crosses=crosses, norm_first=not crosses)
+    arguments = list(raw_arguments(layer, *make_arguments(crosses)))
+    arguments[10] = torch.tensor([3, 1]) if crosses else None
+    torch.library.opcheck(torch.ops.pynar.packed_layer.default, tuple(arguments))
+
+
+def test_compiles_into_one_graph() -> None:
+    layer = make_layer(torch.int8, crosses=True, norm_first=False)
+    x, sees, memory = make_arguments(True)
+
+    def twice(x: Tensor) -> Tensor:
+        return packed_layer(
+            packed_layer(2 * x, layer, sees, memory=memory), layer, sees, memory=memory
+        )
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), twice(x), rtol=0, atol=0)
+
+
+def test_is_not_differentiable() -> None:
+    layer = make_layer(torch.float32, crosses=False, norm_first=True)
+    layer = replace(layer, biases=tuple(bias.requires_grad_() for bias in layer.biases))
+    x, sees, _ = make_arguments(False)
+    assert not packed_layer(x.requires_grad_(), layer, sees).requires_grad
+
+
+@pytest.fixture(params=["chosen", "reference"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What rejects a call: the implementation in use, or the reference in its place."""
+    if request.param == "reference":
+        monkeypatch.setattr(_OPERATOR, "call", _OPERATOR.reference)
+    return request.param
+
+
+ROWS = sum(LENGTHS)
+REJECTED: list[tuple[int, Any, str]] = [
+    (0, torch.ones(DIM), "packed_layer: `x` must have 2 dimensions [N, C], got shape [24]"),
+    (0, torch.ones(ROWS, DIM).double(), "packed_layer: `x` must have dtype float32, got float64"),
+    (1, [], "packed_layer: `weights` must have 6 tensors (one for each linear map), got 0"),
+    (2, [torch.ones(1)], "packed_layer: `scales` must have 6 tensors (one for each linear map, or"),
+    (3, [], "packed_layer: `column_sums` must have 6 tensors (one for each linear map, or none)"),
+    (4, [torch.ones(1)] * 6, "packed_layer: `biases` must have shape [72] (3 C, then C each, F an"),
+    (5, [torch.ones(DIM)], "packed_layer: `norms` must have 6 tensors (weight and bias for each"),
+    (5, [torch.ones(3)] * 6, "packed_linear: `norm_weight` must have shape [24] (columns of `weig"),
+    (6, torch.zeros(3, 1, 2).int(), "packed_layer: `intervals` must have shape [14, 1, 2] (rows o"),
+    (6, torch.zeros(ROWS, 1, 2).long(), "packed_layer: `intervals` must have dtype int32, got in"),
+    (7, None, "packed_layer: `values` must be given with `keys`, and only then, got it alone"),
+    (8, None, "packed_layer: `values` must be given with `keys`, and only then, got None"),
+    (9, None, "packed_layer: `memory_intervals` must be given with `keys`, and only then, got No"),
+    (9, torch.zeros(3, 1, 2).int(), "packed_layer: `memory_intervals` must have shape [14, 1, 2]"),
+    (10, torch.tensor([14]), "packed_layer: `chosen` must lie in [0, 14), got 14"),
+    (10, torch.tensor([1]).int(), "packed_layer: `chosen` must have dtype int64, got int32"),
+    (11, 15, "packed_layer: `content` must be in [0, 14], got 15"),
+    (12, 5, "packed_layer: `heads` must divide the channels of `x` (24), got 5"),
+    (13, 3, "packed_linear: `activation` must be in [0, 2], got 3"),
+]
+
+
+@pytest.mark.usefixtures("implementation")
+@pytest.mark.parametrize(("place", "value", "message"), REJECTED)
+def test_a_wrong_call_says_what_is_wanted(place: int, value: Any, message: str) -> None:
+    layer = make_layer(torch.int8, crosses=True, norm_first=False)
+    arguments = list(raw_arguments(layer, *make_arguments(True)))
+    arguments[place] = value
+    if place == 7:
+        arguments[1:6] = make_layer(torch.int8, crosses=False, norm_first=False).tensors()
+    with pytest.raises(ValueError) as error:
+        _OPERATOR.call(*arguments)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"activation": "silu"}, "`activation` must be one of none, relu, gelu, got silu"),
+        ({"eps": -1.0}, "`eps` must be at least 0, got -1.0"),
+    ],
+)
+def test_a_wrong_layer_is_rejected(change: dict[str, Any], message: str) -> None:
+    layer = make_layer(torch.int8, crosses=False, norm_first=True)
+    x, sees, _ = make_arguments(False)
+    with pytest.raises(ValueError, match="packed_layer: ") as error:
+        packed_layer(x, replace(layer, **change), sees)
+    assert str(error.value) == f"packed_layer: {message}"
+    with pytest.raises(ValueError, match="`layer` must be a PackedLayer, got Tensor"):
+        packed_layer(x, x, sees)  # type: ignore[arg-type]
