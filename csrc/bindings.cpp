@@ -92,6 +92,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("divergence_cross_entropy_backward", &pynar::divergence_cross_entropy_backward, Release());
   m.def("flow_linear", &pynar::flow_linear, Release());
   m.def("flow_linear_backward", &pynar::flow_linear_backward, Release());
+  m.def("flow_linear_backward_workspace", &pynar::flow_linear_backward_workspace);
   m.def("linear_argmax", &pynar::linear_argmax, Release());
   m.def("linear_argmax_workspace", &pynar::linear_argmax_workspace);
   m.def("packed_linear", &pynar::packed_linear, Release());

@@ -131,6 +131,8 @@ std::optional<LaunchPlan> flow_linear(const std::string& name, const Tensor& x,
                                       const Tensor& lengths, const std::optional<Tensor>& log_scale,
                                       const std::optional<Tensor>& bias, const Tensor& weight,
                                       int64_t layout, bool inverse, const Tensor& y);
+int64_t flow_linear_backward_workspace(int64_t batch, int64_t steps, int64_t channels,
+                                       int64_t matrices, int64_t dim, int64_t element_size);
 std::optional<LaunchPlan> flow_linear_backward(
     const std::string& name, const Tensor& grad_y, const Tensor& x, const Tensor& lengths,
     const std::optional<Tensor>& log_scale, const std::optional<Tensor>& bias, const Tensor& weight,

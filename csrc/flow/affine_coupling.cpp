@@ -265,8 +265,23 @@ std::optional<LaunchPlan> affine_coupling(const Tensor& z, const Tensor& lengths
         input<T>(z), input<T>(shift),  input<T>(raw_scale), lengths.data<int64_t>(),
         y.data<T>(), logdet.data<A>(), workspace.data<A>(), z.size(0),
         z.size(1),   z.size(2),        lengths.stride(0),   inverse};
-    if (z.device().type == dlpack::kCpu) affine_coupling_cpu(params);
-    return std::nullopt;
+    if (z.device().type == dlpack::kCpu) {
+      affine_coupling_cpu(params);
+      return std::nullopt;
+    }
+#ifdef PYNAR_WITH_CUDA
+    if (!use_nvrtc()) {
+      const DeviceGuard guard(z.device().index);
+      affine_coupling_cuda(params, z.stream());
+      return std::nullopt;
+    }
+#endif
+    LaunchPlan plan("flow/affine_coupling.cuh", params, z);
+    if (const int64_t rows = coupling_blocks(params.batch * params.steps); rows > 0) {
+      plan.add<T>("affine_coupling_steps", kCouplingThreads, rows);
+    }
+    plan.add<T>("affine_coupling_sums", kCouplingThreads, coupling_blocks(params.batch));
+    return plan;
   });
 }
 
@@ -305,8 +320,21 @@ std::optional<LaunchPlan> affine_coupling_backward(const Tensor& grad_y, const T
                                                  grad_logdet.stride(0),
                                                  lengths.stride(0),
                                                  inverse};
-    if (x.device().type == dlpack::kCpu) affine_coupling_backward_cpu(params);
-    return std::nullopt;
+    if (x.device().type == dlpack::kCpu) {
+      affine_coupling_backward_cpu(params);
+      return std::nullopt;
+    }
+#ifdef PYNAR_WITH_CUDA
+    if (!use_nvrtc()) {
+      const DeviceGuard guard(x.device().index);
+      affine_coupling_backward_cuda(params, x.stream());
+      return std::nullopt;
+    }
+#endif
+    LaunchPlan plan("flow/affine_coupling.cuh", params, x);
+    plan.add<T>("affine_coupling_gradient", kCouplingThreads,
+                coupling_blocks(params.batch * params.steps));
+    return plan;
   });
 }
 

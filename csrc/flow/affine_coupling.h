@@ -51,6 +51,13 @@ struct AffineCouplingBackwardParams {
   int64_t inverse;
 };
 
+constexpr int kCouplingThreads = 128;
+
+// A warp takes a row.
+PYNAR_HOST_DEVICE constexpr int64_t coupling_blocks(int64_t rows) {
+  return (rows + kCouplingThreads / 32 - 1) / (kCouplingThreads / 32);
+}
+
 #if !defined(__CUDACC_RTC__)
 template <typename T>
 void affine_coupling_cuda(const AffineCouplingParams<T>& params, void* stream);

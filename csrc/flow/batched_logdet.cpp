@@ -181,8 +181,23 @@ std::optional<LaunchPlan> batched_logdet(const Tensor& weights, const Tensor& lo
   const auto run = [&]<typename T>() -> std::optional<LaunchPlan> {
     const BatchedLogdetParams<T> params{weights.data<T>(), logdet.data<T>(), inverse.data<T>(),
                                         count, dim};
-    if (weights.device().type == dlpack::kCpu) batched_logdet_cpu(params);
-    return std::nullopt;
+    if (weights.device().type == dlpack::kCpu) {
+      batched_logdet_cpu(params);
+      return std::nullopt;
+    }
+    if (dim * dim * static_cast<int64_t>(sizeof(T)) > kLogdetMostBytes) {
+      check.fail("weights", "fit into shared memory on cuda", std::to_string(dim));
+    }
+#ifdef PYNAR_WITH_CUDA
+    if (!use_nvrtc()) {
+      const DeviceGuard guard(weights.device().index);
+      batched_logdet_cuda(params, weights.stream());
+      return std::nullopt;
+    }
+#endif
+    LaunchPlan plan("flow/batched_logdet.cuh", params, weights);
+    plan.add<T>("batched_logdet_invert", kLogdetThreads, count);
+    return plan;
   };
   if (weights.dtype() == kFloat64) return run.template operator()<double>();
   return run.template operator()<float>();

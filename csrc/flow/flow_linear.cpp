@@ -322,7 +322,7 @@ std::vector<Place> live_steps(const FlowLinearParams<T>& p) {
 
 template <typename T, typename U>
 void zero_padding(const FlowLinearParams<T>& p, const FlowRows<U>& rows) {
-  const int64_t squeezed = (p.steps + rows.factor - 1) / rows.factor * rows.factor;
+  const int64_t squeezed = flow_joined_steps(p.steps, rows.factor);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t length = p.lengths[b * p.lengths_stride];
     for (int64_t t = length; t < squeezed; ++t) std::fill_n(rows.kept_of(b, t), rows.kept, U{});
@@ -500,9 +500,6 @@ struct FlowSums {
       : weight(memory),
         sum(weight + matrices * dim * dim),
         moment(sum + (matrices + 1) * channels) {}
-  static int64_t size(int64_t matrices, int64_t dim, int64_t channels) {
-    return matrices * dim * dim + 2 * (matrices + 1) * channels;
-  }
 };
 
 template <typename T>
@@ -598,7 +595,7 @@ void flow_linear_backward_cpu(const FlowLinearBackwardParams<T>& params) {
   const int64_t n = static_cast<int64_t>(places.size());
   const int64_t blocks = (n + kFlowRows - 1) / kFlowRows;
   const int64_t chunks = std::clamp<int64_t>(blocks, 1, kFlowChunks);
-  const int64_t size = FlowSums<A>::size(p.matrices, p.dim, p.channels);
+  const int64_t size = flow_sums(p.matrices, p.dim, p.channels);
   std::vector<A> memory(chunks * size, A(0));
   const int64_t grain = 1 + flow_grain(p, kFlowRows) * chunks / (blocks + 1);
   parallel_for(chunks, grain, [&](int64_t begin, int64_t end) {
@@ -659,22 +656,65 @@ FlowLinearParams<T> sized_params(const Tensor& x, const Tensor& lengths) {
   return p;
 }
 
+// A GPU holds two states of a step in shared memory.
 template <typename T>
-std::optional<LaunchPlan> run_forward(const FlowLinearParams<T>& params, const Tensor& x) {
+void check_fits(const Check& check, const FlowLinearParams<T>& p) {
+  const int64_t most = kFlowStateBytes / static_cast<int64_t>(2 * sizeof(accumulation_t<T>));
+  if (p.channels > most) {
+    check.fail("x", "have at most " + std::to_string(most) + " channels on cuda",
+               std::to_string(p.channels));
+  }
+}
+
+template <typename T>
+std::optional<LaunchPlan> run_forward(const Check& check, const FlowLinearParams<T>& params,
+                                      const Tensor& x) {
   if (x.device().type == dlpack::kCpu) {
     flow_linear_cpu(params);
     return std::nullopt;
   }
-  return std::nullopt;
+  if (params.matrices > 0) check_fits(check, params);
+#ifdef PYNAR_WITH_CUDA
+  if (!use_nvrtc()) {
+    const DeviceGuard guard(x.device().index);
+    flow_linear_cuda(params, x.stream());
+    return std::nullopt;
+  }
+#endif
+  LaunchPlan plan("flow/flow_linear.cuh", params, x);
+  plan.add<T>(params.matrices > 0 ? "flow_linear_steps" : "flow_copy", kFlowThreads,
+              flow_linear_blocks(params));
+  return plan;
 }
 
 template <typename T>
-std::optional<LaunchPlan> run_backward(const FlowLinearBackwardParams<T>& params, const Tensor& x) {
+std::optional<LaunchPlan> run_backward(const Check& check, FlowLinearBackwardParams<T>& params,
+                                       const Tensor& x, const std::optional<Tensor>& workspace) {
+  using A = accumulation_t<T>;
+  const FlowLinearParams<T>& p = params.forward;
   if (x.device().type == dlpack::kCpu) {
     flow_linear_backward_cpu(params);
     return std::nullopt;
   }
-  return std::nullopt;
+  check_fits(check, p);
+  if (!workspace) check.fail("workspace", "be given on cuda", "None");
+  const int64_t size =
+      flow_linear_backward_workspace(p.batch, p.steps, p.channels, p.matrices, p.dim, sizeof(A));
+  check_parameter(check, "workspace", *workspace, {size}, "numbers", x);
+  const int64_t parts = flow_parts(p.batch * p.steps, p.channels, sizeof(A));
+  params.partials = workspace->data<A>();
+  params.states = params.partials + parts * flow_sums(p.matrices, p.dim, p.channels);
+#ifdef PYNAR_WITH_CUDA
+  if (!use_nvrtc()) {
+    const DeviceGuard guard(x.device().index);
+    flow_linear_backward_cuda(params, x.stream());
+    return std::nullopt;
+  }
+#endif
+  LaunchPlan plan("flow/flow_linear.cuh", params, x);
+  if (parts > 0) plan.add<T>("flow_linear_gradient", kFlowThreads, parts);
+  plan.add<T>("flow_linear_finish", kFlowThreads, flow_finish_blocks(p));
+  return plan;
 }
 
 }  // namespace
@@ -711,6 +751,15 @@ void check_flow_steps(const Check& check, const char* name, const Tensor& x,
   check_flow_lengths(check, lengths, name, x);
 }
 
+int64_t flow_linear_backward_workspace(int64_t batch, int64_t steps, int64_t channels,
+                                       int64_t matrices, int64_t dim, int64_t element_size) {
+  // Too many channels are an error, which is raised later.
+  const int64_t rows = channels > 0 ? flow_block_rows(channels, element_size) : 0;
+  if (rows == 0) return 0;
+  const int64_t parts = flow_parts(batch * steps, channels, element_size);
+  return parts * (flow_sums(matrices, dim, channels) + (matrices + 1) * rows * channels);
+}
+
 std::optional<LaunchPlan> actnorm(const Tensor& x, const Tensor& lengths, const Tensor& log_scale,
                                   const Tensor& bias, bool inverse, const Tensor& y) {
   const Check check("actnorm");
@@ -727,7 +776,7 @@ std::optional<LaunchPlan> actnorm(const Tensor& x, const Tensor& lengths, const 
     params.log_scale = log_scale.data<A>();
     params.bias = bias.data<A>();
     params.inverse = inverse;
-    return run_forward(params, x);
+    return run_forward(check, params, x);
   });
 }
 
@@ -746,7 +795,6 @@ std::optional<LaunchPlan> actnorm_backward(const Tensor& grad_y, const Tensor& x
                                      {"grad_bias", grad_bias}}) {
     check_parameter(check, name, tensor, {x.size(2)}, "channels of `x`", x);
   }
-  (void)workspace;
   return dispatch_floating(x.dtype(), [&]<typename T>() -> std::optional<LaunchPlan> {
     using A = accumulation_t<T>;
     FlowLinearBackwardParams<T> params{};
@@ -759,7 +807,7 @@ std::optional<LaunchPlan> actnorm_backward(const Tensor& grad_y, const Tensor& x
     params.grad_x = plain_rows<T>(grad_x);
     params.grad_log_scale = grad_log_scale.data<A>();
     params.grad_bias = grad_bias.data<A>();
-    return run_backward(params, x);
+    return run_backward(check, params, x, workspace);
   });
 }
 
@@ -784,7 +832,7 @@ std::optional<LaunchPlan> squeeze(const Tensor& x, const Tensor& lengths, int64_
     FlowLinearParams<T> params = sized_params<T>(x, lengths);
     params.x = plain_rows<const T>(x);
     params.y = squeezed_rows<T>(y, dropped, factor);
-    return run_forward(params, x);
+    return run_forward(check, params, x);
   });
 }
 
@@ -818,7 +866,7 @@ std::optional<LaunchPlan> unsqueeze(const std::string& name, const Tensor& y, co
     FlowLinearParams<T> params = sized_params<T>(x, lengths);
     params.x = squeezed_rows<const T>(y, dropped, factor);
     params.y = plain_rows<T>(x);
-    return run_forward(params, x);
+    return run_forward(check, params, x);
   });
 }
 
@@ -881,7 +929,7 @@ std::optional<LaunchPlan> flow_linear(const std::string& name, const Tensor& x,
     params.y = plain_rows<T>(y);
     // No step is no map, not actnorm.
     if (params.matrices == 0) params.log_scale = nullptr;
-    return run_forward(params, x);
+    return run_forward(check, params, x);
   });
 }
 
@@ -901,7 +949,6 @@ std::optional<LaunchPlan> flow_linear_backward(
   check_parameter(check, "grad_log_scale", grad_log_scale, {normed, x.size(2)}, "by step", x);
   check_parameter(check, "grad_bias", grad_bias, {normed, x.size(2)}, "by step", x);
   check_parameter(check, "grad_weight", grad_weight, {matrices, dim, dim}, "that of `weight`", x);
-  (void)workspace;
   return dispatch_floating(x.dtype(), [&]<typename T>() -> std::optional<LaunchPlan> {
     using A = accumulation_t<T>;
     FlowLinearBackwardParams<T> params{};
@@ -912,7 +959,7 @@ std::optional<LaunchPlan> flow_linear_backward(
     params.grad_log_scale = grad_log_scale.data<A>();
     params.grad_bias = grad_bias.data<A>();
     params.grad_weight = grad_weight.data<A>();
-    return run_backward(params, x);
+    return run_backward(check, params, x, workspace);
   });
 }
 

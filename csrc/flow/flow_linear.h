@@ -66,7 +66,7 @@ struct FlowLinearParams {
   // K, in the order in which they are applied. Which log_scale and bias act at a place; -1 for
   // none.
   PYNAR_HOST_DEVICE int64_t normed(int64_t place) const {
-    if (log_scale == nullptr) return -1;
+    if (log_scale == nullptr || place < 0) return -1;
     if (matrices == 0) return 0;
     if (inverse) return place > 0 ? matrices - place : -1;
     return place < matrices ? place : -1;
@@ -81,16 +81,63 @@ struct FlowLinearBackwardParams {
   accumulation_t<T>* grad_log_scale;  // [L, C]     written, contiguous
   accumulation_t<T>* grad_bias;       // [L, C]     written, contiguous
   accumulation_t<T>* grad_weight;     // [K, d, d]  written, contiguous
-  accumulation_t<T>* partials;        // scratch on a GPU: see flow_linear_backward_workspace
-  accumulation_t<T>* states;          // scratch on a GPU
+  accumulation_t<T>* partials;        // [parts, flow_sums(K, d, C)]  scratch on a GPU
+  accumulation_t<T>* states;          // [parts, K + 1, block rows, C]  scratch on a GPU
 };
 
-// The gradients of parameters are sums over steps. Each of at most kFlowChunks equal parts of them
-// is summed up in order, then the parts: neither threads nor blocks show in the result.
+// The gradients of parameters are sums over steps. On the CPU each of at most kFlowChunks equal
+// parts of them is summed up in order, then the parts, so that threads do not show in the result.
 constexpr int64_t kFlowChunks = 16;
 
 // A block of this many steps goes through all maps together on the CPU.
 constexpr int kFlowRows = 32;
+
+// How many numbers the gradients of parameters come from: those of the matrices, and two sums for
+// each channel and place.
+PYNAR_HOST_DEVICE constexpr int64_t flow_sums(int64_t matrices, int64_t dim, int64_t channels) {
+  return matrices * dim * dim + 2 * (matrices + 1) * channels;
+}
+
+// Steps up to the end of the last row of `main`.
+PYNAR_HOST_DEVICE constexpr int64_t flow_joined_steps(int64_t steps, int64_t factor) {
+  return (steps + factor - 1) / factor * factor;
+}
+
+// On a GPU. A block holds two states of its steps in shared memory, and a matrix if it is no wider
+// than 65 (46 in float64). Steps do not depend on each other, so their number in a block shows in
+// no result.
+constexpr int kFlowThreads = 128;
+constexpr int kFlowBlockRows = 8;
+constexpr int64_t kFlowStateBytes = 30 << 10;
+constexpr int64_t kFlowWeightBytes = 65 * 66 * 4;
+constexpr int64_t kFlowMostParts = 128;
+
+PYNAR_HOST_DEVICE constexpr int64_t flow_block_rows(int64_t channels, int64_t element_size) {
+  const int64_t rows = kFlowStateBytes / (2 * channels * element_size);
+  return rows < kFlowBlockRows ? rows : kFlowBlockRows;
+}
+
+// The parts of all steps whose gradients of parameters are added up one after another.
+PYNAR_HOST_DEVICE constexpr int64_t flow_parts(int64_t rows, int64_t channels,
+                                               int64_t element_size) {
+  const int64_t most = flow_block_rows(channels, element_size);
+  const int64_t groups = (rows + most - 1) / most;
+  return groups < kFlowMostParts ? groups : kFlowMostParts;
+}
+
+template <typename T>
+PYNAR_HOST_DEVICE constexpr int64_t flow_linear_blocks(const FlowLinearParams<T>& p) {
+  const bool chain = p.matrices > 0;
+  const int64_t rows = p.batch * (chain ? p.steps : flow_joined_steps(p.steps, p.y.factor));
+  const int64_t each =
+      chain ? flow_block_rows(p.channels, sizeof(accumulation_t<T>)) : kFlowThreads / 32;
+  return (rows + each - 1) / each;
+}
+
+template <typename T>
+PYNAR_HOST_DEVICE constexpr int64_t flow_finish_blocks(const FlowLinearParams<T>& p) {
+  return (flow_sums(p.matrices, p.dim, p.channels) + kFlowThreads - 1) / kFlowThreads;
+}
 
 #if !defined(__CUDACC_RTC__)
 template <typename T>

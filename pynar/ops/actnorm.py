@@ -96,7 +96,7 @@ def _backward_native(
     grads = (torch.empty_like(log_scale), torch.empty_like(bias))
     workspace = None
     if x.is_cuda and x.dim() == 3:
-        size = extension.actnorm_backward_workspace(*x.shape)
+        size = extension.flow_linear_backward_workspace(*x.shape, 0, 0, log_scale.element_size())
         workspace = log_scale.new_empty(size)
     plan = extension.actnorm_backward(
         *(readable(grad_y), readable(x), lengths, log_scale.contiguous(), bias.contiguous()),

@@ -169,7 +169,9 @@ def _backward_native(
     parameters = _contiguous(log_scale, bias, weight)
     workspace = None
     if x.is_cuda and x.dim() == 3 and weight.dim() == 3:
-        size = extension.flow_linear_backward_workspace(*x.shape, *weight.shape[:2])
+        size = extension.flow_linear_backward_workspace(
+            *x.shape, *weight.shape[:2], weight.element_size()
+        )
         workspace = weight.new_empty(size)
     plan = extension.flow_linear_backward(
         *(name, readable(grad_y), readable(x), lengths, *parameters, LAYOUTS.index(layout)),
