@@ -24,30 +24,91 @@ namespace {
 
 constexpr int kTogether = 4;
 
-// Takes column k out of kRows rows. In its place comes the column of the inverse; it is written
-// last, as a vector that is loaded right after a part of it was stored has to wait for the store.
-template <typename T, int kRows>
-inline void eliminate(const T* pivot_row, int64_t k, int64_t stride, T* rows) {
+// Subtracts multiples of kPivots rows, from `pivots` on, from kRows rows. In the columns of the
+// pivots, of which the inverse takes the place, `pivots` hold it already. Those columns are written
+// last: a vector that is loaded right after a part of it was stored has to wait for the store.
+template <typename T, int kRows, int kPivots>
+inline void eliminate(const T* pivots, int64_t k, int64_t stride, T* rows) {
   using Vector = Simd<T>;
-  T factor[kRows];
-  Vector vector[kRows];
+  T factor[kRows][kPivots];
+  Vector vector[kRows][kPivots];
   for (int r = 0; r < kRows; ++r) {
-    factor[r] = -rows[r * stride + k];
-    vector[r] = Vector::broadcast(factor[r]);
-  }
-  for (int64_t j = 0; j < stride; j += Vector::kLanes) {
-    const Vector pivot = Vector::load(pivot_row + j);
-    for (int r = 0; r < kRows; ++r) {
-      T* row = rows + r * stride + j;
-      multiply_add(vector[r], pivot, Vector::load(row)).store(row);
+    for (int i = 0; i < kPivots; ++i) {
+      factor[r][i] = -rows[r * stride + k + i];
+      vector[r][i] = Vector::broadcast(factor[r][i]);
     }
   }
-  for (int r = 0; r < kRows; ++r) rows[r * stride + k] = factor[r] * pivot_row[k];
+  for (int64_t j = 0; j < stride; j += Vector::kLanes) {
+    Vector pivot[kPivots];
+    for (int i = 0; i < kPivots; ++i) pivot[i] = Vector::load(pivots + i * stride + j);
+    for (int r = 0; r < kRows; ++r) {
+      T* row = rows + r * stride + j;
+      Vector sum = Vector::load(row);
+      for (int i = 0; i < kPivots; ++i) sum = multiply_add(vector[r][i], pivot[i], sum);
+      sum.store(row);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kPivots; ++c) {
+      T sum = 0;
+      for (int i = 0; i < kPivots; ++i) sum += factor[r][i] * pivots[i * stride + k + c];
+      rows[r * stride + k + c] = sum;
+    }
+  }
+}
+
+template <typename T, int kPivots>
+inline void eliminate_all(T* matrix, int64_t k, int64_t dim, int64_t stride) {
+  const T* pivots = matrix + k * stride;
+  int64_t i = 0;
+  while (i < dim) {
+    if (i == k) {
+      i += kPivots;
+    } else if (i + kTogether <= (i < k ? k : dim)) {
+      eliminate<T, kTogether, kPivots>(pivots, k, stride, matrix + i * stride);
+      i += kTogether;
+    } else {
+      eliminate<T, 1, kPivots>(pivots, k, stride, matrix + i * stride);
+      ++i;
+    }
+  }
+}
+
+template <typename T>
+inline void exchange(T* a, T* b, int64_t count) {
+  using Vector = Simd<T>;
+  for (int64_t j = 0; j < count; j += Vector::kLanes) {
+    const Vector kept = Vector::load(a + j);
+    Vector::load(b + j).store(a + j);
+    kept.store(b + j);
+  }
+}
+
+// Which of the rows from k on has the greatest element, of which size() gives the size.
+template <typename T, typename Size>
+inline int64_t greatest_row(int64_t k, int64_t dim, const Size& size) {
+  int64_t best = k;
+  T greatest = size(k);
+  for (int64_t i = k + 1; i < dim; ++i) {
+    const T other = size(i);
+    // A NaN counts as the greatest, so that it is found.
+    if (other > greatest || other != other) {
+      greatest = other;
+      best = i;
+    }
+  }
+  return best;
+}
+
+template <typename T>
+inline T magnitude(T x) {
+  return x < 0 ? -x : x;
 }
 
 }  // namespace
 
 // The inverse grows in the columns that are eliminated; exchanged rows are exchanged columns of it.
+// Two columns at a time, so that a row is loaded and stored once for two multiply-adds.
 template <typename T>
 T invert(const T* weight, int64_t dim, T* matrix, int64_t* order, T* inverse) {
   using Vector = Simd<T>;
@@ -57,49 +118,58 @@ T invert(const T* weight, int64_t dim, T* matrix, int64_t* order, T* inverse) {
   }
   double logdet = 0;
   bool singular = false;
-  for (int64_t k = 0; k < dim; ++k) {
-    // A NaN counts as the greatest, so that it is found.
-    int64_t best = k;
-    T greatest = __builtin_fabs(matrix[k * stride + k]);
-    for (int64_t i = k + 1; i < dim; ++i) {
-      const T size = __builtin_fabs(matrix[i * stride + k]);
-      if (size > greatest || size != size) {
-        greatest = size;
-        best = i;
-      }
-    }
-    order[k] = best;
-    T* pivot_row = matrix + k * stride;
-    T* best_row = matrix + best * stride;
-    if (best != k) {
-      for (int64_t j = 0; j < stride; ++j) {
-        const T kept = pivot_row[j];
-        pivot_row[j] = best_row[j];
-        best_row[j] = kept;
-      }
-    }
-    const T pivot = pivot_row[k];
-    singular = singular || pivot == 0;
-    logdet += __builtin_log(static_cast<double>(greatest));
+  for (int64_t k = 0; k < dim; k += 2) {
+    T* first = matrix + k * stride;
+    order[k] =
+        greatest_row<T>(k, dim, [&](int64_t i) { return magnitude(matrix[i * stride + k]); });
+    if (order[k] != k) exchange(first, matrix + order[k] * stride, stride);
+    const T pivot = first[k];
     const T reciprocal = T(1) / pivot;
-    const Vector factor = Vector::broadcast(reciprocal);
-    for (int64_t j = 0; j < stride; j += Vector::kLanes) {
-      mul(Vector::load(pivot_row + j), factor).store(pivot_row + j);
-    }
-    pivot_row[k] = reciprocal;
-    int64_t i = 0;
-    for (; i + kTogether <= dim; i += kTogether) {
-      if (k < i || k >= i + kTogether) {
-        eliminate<T, kTogether>(pivot_row, k, stride, matrix + i * stride);
-      } else {
-        for (int64_t r = i; r < i + kTogether; ++r) {
-          if (r != k) eliminate<T, 1>(pivot_row, k, stride, matrix + r * stride);
-        }
+    singular = singular || pivot == 0;
+    logdet += __builtin_log(static_cast<double>(magnitude(pivot)));
+    if (k + 1 == dim) {
+      const Vector factor = Vector::broadcast(reciprocal);
+      for (int64_t j = 0; j < stride; j += Vector::kLanes) {
+        mul(Vector::load(first + j), factor).store(first + j);
       }
+      first[k] = reciprocal;
+      eliminate_all<T, 1>(matrix, k, dim, stride);
+      break;
     }
-    for (; i < dim; ++i) {
-      if (i != k) eliminate<T, 1>(pivot_row, k, stride, matrix + i * stride);
+
+    // What the second column will be once the first is eliminated.
+    const T slope = first[k + 1] * reciprocal;
+    const auto second_column = [&](int64_t i) {
+      const T* row = matrix + i * stride + k;
+      return row[1] - row[0] * slope;
+    };
+    order[k + 1] =
+        greatest_row<T>(k + 1, dim, [&](int64_t i) { return magnitude(second_column(i)); });
+    T* second = first + stride;
+    if (order[k + 1] != k + 1) exchange(second, matrix + order[k + 1] * stride, stride);
+    const T second_pivot = second_column(k + 1);
+    const T second_reciprocal = T(1) / second_pivot;
+    singular = singular || second_pivot == 0;
+    logdet += __builtin_log(static_cast<double>(magnitude(second_pivot)));
+
+    // The second row less its multiple of the first, divided; the first likewise.
+    const T below = second[k] * reciprocal;
+    const Vector scale = Vector::broadcast(reciprocal);
+    const Vector second_scale = Vector::broadcast(second_reciprocal);
+    const Vector minus_below = Vector::broadcast(-second[k]);
+    const Vector minus_slope = Vector::broadcast(-slope);
+    for (int64_t j = 0; j < stride; j += Vector::kLanes) {
+      const Vector scaled = mul(Vector::load(first + j), scale);
+      const Vector rest =
+          mul(multiply_add(minus_below, scaled, Vector::load(second + j)), second_scale);
+      rest.store(second + j);
+      multiply_add(minus_slope, rest, scaled).store(first + j);
     }
+    second[k + 1] = second_reciprocal;
+    second[k] = -below * second_reciprocal;
+    first[k + 1] = -slope * second_reciprocal;
+    first[k] = reciprocal + slope * below * second_reciprocal;
+    eliminate_all<T, 2>(matrix, k, dim, stride);
   }
   for (int64_t k = dim - 1; k >= 0; --k) {
     if (order[k] == k) continue;

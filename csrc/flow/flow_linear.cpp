@@ -231,11 +231,16 @@ template <typename A>
 void add_outer_products(const A* grad, const A* in, const FlowStep<A>& step, A* grad_weight) {
   constexpr int kRows = 4;
   constexpr int kColumns = 2;
+  // So many channels of `grad` that they stay in the first cache while those of `in` pass by.
+  constexpr int64_t kTile = 16;
   const int64_t rows = step.dim / kRows * kRows;
   const int64_t columns = step.dim / kColumns * kColumns;
-  for (int64_t i = 0; i < rows; i += kRows) {
+  for (int64_t first = 0; first < rows; first += kTile) {
+    const int64_t last = first + kTile < rows ? first + kTile : rows;
     for (int64_t j = 0; j < columns; j += kColumns) {
-      add_some<A, kRows, kColumns>(grad, in, step, i, j, grad_weight);
+      for (int64_t i = first; i < last; i += kRows) {
+        add_some<A, kRows, kColumns>(grad, in, step, i, j, grad_weight);
+      }
     }
   }
   for (int64_t i = 0; i < step.dim; ++i) {
