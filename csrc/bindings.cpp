@@ -82,8 +82,17 @@ PYBIND11_MODULE(_C, m) {
         return kernels;
       });
 
+  m.def("actnorm", &pynar::actnorm, Release());
+  m.def("actnorm_backward", &pynar::actnorm_backward, Release());
+  m.def("affine_coupling", &pynar::affine_coupling, Release());
+  m.def("affine_coupling_backward", &pynar::affine_coupling_backward, Release());
+  m.def("batched_logdet", &pynar::batched_logdet, Release());
+  m.def("batched_logdet_most_bytes", &pynar::batched_logdet_most_bytes);
   m.def("divergence_cross_entropy", &pynar::divergence_cross_entropy, Release());
   m.def("divergence_cross_entropy_backward", &pynar::divergence_cross_entropy_backward, Release());
+  m.def("flow_linear", &pynar::flow_linear, Release());
+  m.def("flow_linear_backward", &pynar::flow_linear_backward, Release());
+  m.def("flow_linear_backward_workspace", &pynar::flow_linear_backward_workspace);
   m.def("linear_argmax", &pynar::linear_argmax, Release());
   m.def("linear_argmax_workspace", &pynar::linear_argmax_workspace);
   m.def("packed_layer", &pynar::packed_layer, Release());
@@ -93,6 +102,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("interval_attention_backward_workspace", &pynar::interval_attention_backward_workspace);
   m.def("mask_predict_step", &pynar::mask_predict_step, Release());
   m.def("mask_predict_step_workspace", &pynar::mask_predict_step_workspace);
+  m.def("squeeze", &pynar::squeeze, Release());
+  m.def("unsqueeze", &pynar::unsqueeze, Release());
 
   m.def("build_info", &pynar::build_info);
   m.def("num_threads", &pynar::num_threads);

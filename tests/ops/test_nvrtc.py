@@ -46,6 +46,26 @@ EVERY_KERNEL = [
         ],
     ),
     (
+        "flow/affine_coupling.cuh",
+        [
+            f"pynar::affine_coupling_{kernel}<{dtype}, 128>"
+            for dtype in DTYPES
+            for kernel in ("steps", "sums", "gradient")
+        ],
+    ),
+    (
+        "flow/batched_logdet.cuh",
+        [f"pynar::batched_logdet_invert<{dtype}, 256>" for dtype in ("float", "double")],
+    ),
+    (
+        "flow/flow_linear.cuh",
+        [
+            f"pynar::flow_{kernel}<{dtype}, 128>"
+            for dtype in DTYPES
+            for kernel in ("copy", "linear_steps", "linear_gradient", "linear_finish")
+        ],
+    ),
+    (
         "linear/linear_argmax.cuh",
         [
             *(
@@ -285,3 +305,63 @@ def test_divergence_plans_name_kernels_and_carry_parameters(extension: Any) -> N
         assert fields[24:32] == (0x1000, 0x2000, 0x3000, 0, *(vocabulary,) * 3, 0)
         assert fields[32:40] == (0x10000, 0x20000, 0x30000, 0, *(vocabulary,) * 3, 0)
         assert fields[40:] == (0x4000, 1, 1)
+
+
+def test_flow_plans_name_kernels_and_carry_parameters(extension: Any) -> None:
+    batch, steps, channels, matrices, dim = 3, 7, 24, 2, 8
+    bfloat, integer, floating = 4, 0, 2
+    x = _OnGpu(0x1000, (batch, steps, channels), bfloat, 16)
+    lengths = _OnGpu(0x2000, (batch,), integer, 64)
+    log_scale = _OnGpu(0x3000, (matrices, channels), floating, 32)
+    bias = _OnGpu(0x4000, (matrices, channels), floating, 32)
+    weight = _OnGpu(0x5000, (matrices, dim, dim), floating, 32)
+    y = _OnGpu(0x6000, (batch, steps, channels), bfloat, 16)
+    sums = matrices * dim**2 + 2 * (matrices + 1) * channels
+    size = extension.flow_linear_backward_workspace(batch, steps, channels, matrices, dim, 4)
+    assert size == 3 * (sums + (matrices + 1) * 8 * channels)
+    workspace = _OnGpu(0x10000, (size,), floating, 32)
+    chain = (x, lengths, log_scale, bias, weight, 2, True)
+    extension.set_use_nvrtc(True)
+    try:
+        forward = extension.flow_linear("f", *chain, y)
+        backward = extension.flow_linear_backward(
+            "f", y, *chain, x, log_scale, bias, weight, workspace
+        )
+        copy = extension.squeeze(
+            x,
+            lengths,
+            4,
+            *(
+                _OnGpu(0x7000, (batch, 2, 40), bfloat, 16),
+                _OnGpu(0x8000, (batch, steps, 14), bfloat, 16),
+            ),
+        )
+        logdet = extension.batched_logdet(weight, _OnGpu(0x9000, (2,), floating, 32), weight)
+        coupling = extension.affine_coupling(
+            *(x, lengths, x, x, False, y, _OnGpu(0x9000, (batch,), floating, 32)),
+            _OnGpu(0xA000, (batch, steps), floating, 32),
+        )
+        with pytest.raises(ValueError, match="f_backward: `workspace` must be given on cuda"):
+            extension.flow_linear_backward("f", y, *chain, x, log_scale, bias, weight, None)
+    finally:
+        extension.set_use_nvrtc(False)
+    bf16 = "<pynar::BFloat16, 128>"
+    assert forward.kernels == [("pynar::flow_linear_steps" + bf16, 3, 128)]
+    assert backward.kernels == [
+        ("pynar::flow_linear_gradient" + bf16, 3, 128),
+        ("pynar::flow_linear_finish" + bf16, -(-sums // 128), 128),
+    ]
+    assert copy.kernels == [("pynar::flow_copy" + bf16, 6, 128)]
+    assert logdet.kernels == [("pynar::batched_logdet_invert<float, 256>", 2, 256)]
+    assert coupling.kernels == [
+        ("pynar::affine_coupling_steps" + bf16, 6, 128),
+        ("pynar::affine_coupling_sums" + bf16, 1, 128),
+    ]
+    fields = struct.unpack(f"<{len(forward.parameters) // 8}q", forward.parameters)
+    assert fields[:8] == (0x1000, 0, 1, channels, steps * channels, channels, 0, 0)
+    assert fields[8:10] == (0x6000, 0)
+    assert fields[16:] == (
+        *(0x2000, 0x3000, 0x4000, 0x5000, batch, steps, channels, matrices, dim, 1, 2, 1),
+    )
+    fields = struct.unpack(f"<{len(backward.parameters) // 8}q", backward.parameters)
+    assert fields[-5:] == (0x3000, 0x4000, 0x5000, 0x10000, 0x10000 + 4 * 3 * sums)

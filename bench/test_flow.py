@@ -1,0 +1,223 @@
+"""The operators of the flow against PyTorch, alone and as the per-step maps of a whole FlowSeq.
+
+"flow" is all that is no coupling of FlowSeq's base flow: actnorm and head_linear, alternating
+layouts, 48 + 48 + 16 steps, half of the channels split off and the rest squeezed in between, with
+the gradients by states and parameters. "composition" is what one writes by hand in PyTorch; it
+factors its matrices one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.conftest import DEVICES, Case, compiled, device_or_skip
+from pynar import ops, reference
+
+GRID = pytest.mark.grid
+LEVELS = (48, 48, 16)
+Run = Callable[[Case, str, Callable[..., Any]], None]
+
+
+def _live(x: Tensor, lengths: Tensor) -> Tensor:
+    return (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None].to(x.dtype)
+
+
+def _composed_steps(
+    x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    live = _live(x, lengths)
+    heads = x.shape[2] // weight.shape[2]
+    total = x.new_zeros(())
+    for k, matrix in enumerate(weight):
+        x = (x * log_scale[k].exp() + bias[k]) * live
+        if k % 2 == 0:
+            x = (x.unflatten(2, (heads, -1)) @ matrix.T).flatten(2)
+        else:
+            x = (x.unflatten(2, (-1, heads)).mT @ matrix.T).mT.flatten(2)
+        total = total + log_scale[k].sum() + heads * torch.linalg.slogdet(matrix)[1]
+    return x, lengths * total
+
+
+def _composed_split(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    half, steps = x.shape[2] // 2, x.shape[1] // 2
+    kept = x[..., :half].reshape(x.shape[0], steps, x.shape[2])
+    return kept, x[..., half:], (lengths + 1) // 2
+
+
+def _single_steps(
+    x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One call of an operator for each map."""
+    logdets, inverses = ops.batched_logdet(weight)
+    total = x.new_zeros(len(lengths))
+    for k, matrix in enumerate(weight):
+        x, norm = ops.actnorm(x, lengths, log_scale[k], bias[k])
+        layout = "strided" if k % 2 else "contiguous"
+        factors = (logdets[k], inverses[k])
+        x, linear = ops.head_linear(x, lengths, matrix, layout=layout, factors=factors)
+        total = total + norm + linear
+    return x, total
+
+
+def _flow(steps: Callable[..., Any], split: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(x: Tensor, lengths: Tensor, *parameters: Tensor) -> list[Tensor]:
+        results, total = [], x.new_zeros(len(lengths))
+        for level in range(len(LEVELS)):
+            x, logdet = steps(x, lengths, *parameters[3 * level : 3 * level + 3])
+            total = total + logdet
+            if level + 1 < len(LEVELS):
+                x, dropped, lengths = split(x, lengths)
+                results.append(dropped)
+        return [*results, x, total]
+
+    def both(x: Tensor, lengths: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
+            results = forward(leaves[0], lengths, *leaves[1:])
+            # The gradients of a standard normal prior.
+            grads = [t.detach() for t in results[:-1]] + [-torch.ones_like(results[-1])]
+            return torch.autograd.grad(results, leaves, grads)
+
+    return both
+
+
+FLOWS = {
+    "pynar": _flow(ops.flow_linear, lambda x, n: ops.squeeze_split(x, n, x.shape[2] // 2)),
+    "pynar, one call a map": _flow(
+        _single_steps, lambda x, n: ops.squeeze_split(x, n, x.shape[2] // 2)
+    ),
+    "reference": _flow(_composed_steps, _composed_split),
+}
+
+
+@pytest.mark.parametrize("implementation", [*FLOWS, pytest.param("compile", marks=GRID)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_flow(run_case: Run, device: str, implementation: str) -> None:
+    place = device_or_skip(device)
+    batch, steps, channels, dim = 64, 32, 256, 32
+    generator = torch.Generator().manual_seed(1)
+    parameters = []
+    for count in LEVELS:
+        square = torch.randn(count, dim, dim, generator=generator)
+        parameters += [
+            torch.randn(count, channels, generator=generator) * 0.05,
+            torch.zeros(count, channels),
+            torch.linalg.qr(square)[0],
+        ]
+    x = torch.randn(batch, steps, channels, generator=generator)
+    arguments = tuple(t.to(place) for t in (x, torch.full((batch,), steps), *parameters))
+    products = sum(count / 2**level for level, count in enumerate(LEVELS))
+    case = Case(
+        operator="flow_linear",
+        shape=f"B={batch},T={steps},C={channels},K=48+48+16",
+        dtype=torch.float32,
+        device=place,
+        arguments=arguments,
+        reference=FLOWS["reference"],
+        bytes_moved=5 * x.numel() * 4,
+        direction="both",
+        # Forward, by states and by matrices; what goes into each is computed again in addition.
+        flops=int(3 * 2 * x.numel() * dim * products),
+        # Sums over 2,048 steps of what went through 112 matrices; the greatest is some thousands.
+        limits={"rtol": 1e-3, "atol": 5e-2},
+        graph=False,
+    )
+    function = FLOWS.get(implementation) or compiled(FLOWS["reference"])
+    run_case(case, implementation, function)
+
+
+def _loop(weights: Tensor) -> tuple[Tensor, Tensor]:
+    logdets = torch.stack([torch.linalg.slogdet(w)[1] for w in weights])
+    return logdets, torch.stack([torch.linalg.inv(w) for w in weights])
+
+
+LOGDETS: dict[str, Callable[..., Any]] = {
+    "pynar": ops.batched_logdet,
+    "reference": reference.batched_logdet,
+    "loop": _loop,
+}
+
+
+@pytest.mark.parametrize("implementation", LOGDETS)
+@pytest.mark.parametrize(("count", "dim"), [(20, 32), (112, 32), (20, 64), (112, 64)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_batched_logdet(
+    run_case: Run, device: str, count: int, dim: int, implementation: str
+) -> None:
+    place = device_or_skip(device)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.linalg.qr(torch.randn(count, dim, dim, generator=generator))[0]
+    weights = (weights + 0.05 * torch.randn(weights.shape, generator=generator)).to(place)
+    case = Case(
+        operator="batched_logdet",
+        shape=f"N={count},d={dim}",
+        dtype=torch.float32,
+        device=place,
+        arguments=(weights,),
+        reference=reference.batched_logdet,
+        bytes_moved=2 * weights.numel() * 4,
+        flops=2 * count * dim**3,
+        limits={"rtol": 1e-3, "atol": 1e-3},
+        graph=False,
+    )
+    run_case(case, implementation, LOGDETS[implementation])
+
+
+def _parameters(channels: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        "log_scale": torch.randn(channels, generator=generator) * 0.05,
+        "bias": torch.zeros(channels),
+        "weight": torch.linalg.qr(torch.randn(32, 32, generator=generator))[0],
+    }
+
+
+# How an operator is called on states, their lengths, and parameters; states read and written.
+SINGLE: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
+    name: (lambda *a, f=function: f(ops, *a), lambda *a, f=function: f(reference, *a), moved)
+    for name, function, moved in (
+        ("actnorm", lambda m, x, n, s, b, w: m.actnorm(x, n, s, b), 2),
+        ("head_linear", lambda m, x, n, s, b, w: m.head_linear(x, n, w), 2),
+        ("affine_coupling", lambda m, x, n, s, b, w: m.affine_coupling(x, n, x, x), 2),
+    )
+}
+
+
+@pytest.mark.parametrize("implementation", ["pynar", "reference", "compiled reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 64, pytest.param(2048, marks=GRID)], ids=lambda b: f"B{b}")
+@pytest.mark.parametrize("operator", SINGLE)
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_operator(
+    run_case: Run,
+    device: str,
+    operator: str,
+    batch: int,
+    dtype: torch.dtype,
+    implementation: str,
+) -> None:
+    place = device_or_skip(device)
+    generator = torch.Generator().manual_seed(1)
+    steps, channels = 32, 256
+    x = torch.randn(batch, steps, channels, generator=generator).to(place, dtype)
+    lengths = torch.full((batch,), steps, device=place)
+    parameters = [t.to(place) for t in _parameters(channels, generator).values()]
+    ours, defined, moved = SINGLE[operator]
+    case = Case(
+        operator=operator,
+        shape=f"B={batch},T={steps},C={channels}",
+        dtype=dtype,
+        device=place,
+        arguments=(x, lengths, *parameters),
+        reference=defined,
+        bytes_moved=moved * x.numel() * x.element_size(),
+        # Sums over thousands of terms.
+        limits={"rtol": 1e-3, "atol": 2e-2} if dtype == torch.float32 else None,
+    )
+    functions = {"pynar": lambda: ours, "reference": lambda: defined}
+    function = functions.get(implementation, lambda: compiled(defined))()
+    run_case(case, implementation, function)

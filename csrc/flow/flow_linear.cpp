@@ -1,0 +1,973 @@
+#include "flow/flow_linear.h"
+
+#include "common/cpu.h"
+
+namespace pynar {
+
+// What is done to a block of kFlowRows steps, whose states are [C, kFlowRows].
+template <typename A>
+struct FlowStep {
+  const A* weight;  // element (i, j) at i * row_stride + j * column_stride
+  int64_t row_stride, column_stride;
+  int64_t dim, heads;
+  int64_t strided;
+  const A* scale;  // [C], of what comes out
+  const A* shift;  // [C]
+};
+
+PYNAR_DECLARE_KERNEL(template <typename T>
+                     void scale_row(const T* x, const accumulation_t<T>* scale,
+                                    const accumulation_t<T>* shift, T* y, int64_t count))
+PYNAR_DECLARE_KERNEL(template <typename T> void scale_row_backward(
+    const T* grad_y, const T* x, const accumulation_t<T>* scale, const accumulation_t<T>* centre,
+    T* grad_x, accumulation_t<T>* sum, accumulation_t<T>* moment, int64_t count))
+PYNAR_DECLARE_KERNEL(template <typename T> void load_steps(const T* const* rows, int64_t count,
+                                                           const accumulation_t<T>* scale,
+                                                           const accumulation_t<T>* shift,
+                                                           accumulation_t<T>* state))
+PYNAR_DECLARE_KERNEL(template <typename T> void store_steps(const accumulation_t<T>* state,
+                                                            int64_t count, int64_t num_rows,
+                                                            T* const* rows))
+PYNAR_DECLARE_KERNEL(template <typename A>
+                     void multiply_heads(const A* in, const FlowStep<A>& step, A* out))
+PYNAR_DECLARE_KERNEL(template <typename A> void add_outer_products(const A* grad, const A* in,
+                                                                   const FlowStep<A>& step,
+                                                                   A* grad_weight))
+PYNAR_DECLARE_KERNEL(template <typename A> void scale_gradient(const A* state, const A* scale,
+                                                               const A* centre, A* grad,
+                                                               int64_t channels, A* sum, A* moment))
+
+}  // namespace pynar
+
+#ifdef PYNAR_ISA
+
+#include "common/simd.h"
+
+namespace pynar::PYNAR_ISA {
+namespace {
+
+// As many sums at a time as hide the latency of a multiply-add.
+constexpr int kOutputs = 4;
+constexpr int kVectors = 2;
+
+// Where a channel of a head lies: first + i * apart.
+struct Head {
+  int64_t first, apart;
+};
+
+template <typename A>
+inline Head head_of(const FlowStep<A>& step, int64_t h) {
+  return step.strided ? Head{h, step.heads} : Head{h * step.dim, 1};
+}
+
+template <typename A, int kCount>
+inline void multiply_some(const A* in, const FlowStep<A>& step, Head head, int64_t first, A* out) {
+  using Vector = Simd<A>;
+  const A* weight = step.weight + first * step.row_stride;
+  Vector sum[kCount][kVectors];
+  for (int i = 0; i < kCount; ++i) {
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector::broadcast(0);
+  }
+  for (int64_t j = 0; j < step.dim; ++j) {
+    const A* x = in + (head.first + j * head.apart) * kFlowRows;
+    Vector channel[kVectors];
+    for (int v = 0; v < kVectors; ++v) channel[v] = Vector::load(x + v * Vector::kLanes);
+    for (int i = 0; i < kCount; ++i) {
+      const Vector w = Vector::broadcast(weight[i * step.row_stride + j * step.column_stride]);
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add(w, channel[v], sum[i][v]);
+    }
+  }
+  for (int i = 0; i < kCount; ++i) {
+    const int64_t c = head.first + (first + i) * head.apart;
+    const Vector scale = Vector::broadcast(step.scale[c]);
+    const Vector shift = Vector::broadcast(step.shift[c]);
+    for (int v = 0; v < kVectors; ++v) {
+      multiply_add(sum[i][v], scale, shift).store(out + c * kFlowRows + v * Vector::kLanes);
+    }
+  }
+}
+
+template <typename A, int kRows, int kColumns>
+inline void add_some(const A* grad, const A* in, const FlowStep<A>& step, int64_t i, int64_t j,
+                     A* grad_weight) {
+  using Vector = Simd<A>;
+  Vector sum[kRows][kColumns];
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kColumns; ++c) sum[r][c] = Vector::broadcast(0);
+  }
+  for (int64_t h = 0; h < step.heads; ++h) {
+    const Head head = head_of(step, h);
+    const A* g = grad + (head.first + i * head.apart) * kFlowRows;
+    const A* x = in + (head.first + j * head.apart) * kFlowRows;
+    const int64_t apart = head.apart * kFlowRows;
+    for (int v = 0; v < kFlowRows; v += Vector::kLanes) {
+      Vector channel[kColumns];
+      for (int c = 0; c < kColumns; ++c) channel[c] = Vector::load(x + c * apart + v);
+      for (int r = 0; r < kRows; ++r) {
+        const Vector gradient = Vector::load(g + r * apart + v);
+        for (int c = 0; c < kColumns; ++c) {
+          sum[r][c] = multiply_add(gradient, channel[c], sum[r][c]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kColumns; ++c) {
+      grad_weight[(i + r) * step.dim + j + c] += reduce_add(sum[r][c]);
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void scale_row(const T* x, const accumulation_t<T>* scale, const accumulation_t<T>* shift, T* y,
+               int64_t count) {
+  using Vector = Simd<accumulation_t<T>>;
+  int64_t c = 0;
+  for (; c + Vector::kLanes <= count; c += Vector::kLanes) {
+    multiply_add(Vector::load(x + c), Vector::load(scale + c), Vector::load(shift + c))
+        .store(y + c);
+  }
+  for (; c < count; ++c) {
+    y[c] = from_accumulation<T>(to_accumulation(x[c]) * scale[c] + shift[c]);
+  }
+}
+
+template <typename T>
+void scale_row_backward(const T* grad_y, const T* x, const accumulation_t<T>* scale,
+                        const accumulation_t<T>* centre, T* grad_x, accumulation_t<T>* sum,
+                        accumulation_t<T>* moment, int64_t count) {
+  using A = accumulation_t<T>;
+  using Vector = Simd<A>;
+  int64_t c = 0;
+  for (; c + Vector::kLanes <= count; c += Vector::kLanes) {
+    const Vector g = Vector::load(grad_y + c);
+    const Vector deviation = sub(Vector::load(x + c), Vector::load(centre + c));
+    add(Vector::load(sum + c), g).store(sum + c);
+    multiply_add(g, deviation, Vector::load(moment + c)).store(moment + c);
+    mul(g, Vector::load(scale + c)).store(grad_x + c);
+  }
+  for (; c < count; ++c) {
+    const A g = to_accumulation(grad_y[c]);
+    sum[c] += g;
+    moment[c] += g * (to_accumulation(x[c]) - centre[c]);
+    grad_x[c] = from_accumulation<T>(g * scale[c]);
+  }
+}
+
+template <typename T>
+void load_steps(const T* const* rows, int64_t count, const accumulation_t<T>* scale,
+                const accumulation_t<T>* shift, accumulation_t<T>* state) {
+  using A = accumulation_t<T>;
+  using Vector = Simd<A>;
+  using Transposed = Columns<A, T>;
+  for (int first = 0; first < kFlowRows; first += Vector::kLanes) {
+    int64_t c = 0;
+    for (; c + Transposed::kCount <= count; c += Transposed::kCount) {
+      Vector column[Transposed::kCount];
+      Transposed::load(rows + first, c, column);
+      for (int i = 0; i < Transposed::kCount; ++i) {
+        const Vector scaled = multiply_add(column[i], Vector::broadcast(scale[c + i]),
+                                           Vector::broadcast(shift[c + i]));
+        scaled.store(state + (c + i) * kFlowRows + first);
+      }
+    }
+    for (; c < count; ++c) {
+      A lane[Vector::kLanes];
+      for (int i = 0; i < Vector::kLanes; ++i) lane[i] = to_accumulation(rows[first + i][c]);
+      // The same multiply-add as above: a channel must not tell how many there are.
+      const Vector scaled = multiply_add(Vector::load(lane), Vector::broadcast(scale[c]),
+                                         Vector::broadcast(shift[c]));
+      scaled.store(state + c * kFlowRows + first);
+    }
+  }
+}
+
+template <typename T>
+void store_steps(const accumulation_t<T>* state, int64_t count, int64_t num_rows, T* const* rows) {
+  using A = accumulation_t<T>;
+  using Vector = Simd<A>;
+  using Transposed = Columns<A, A>;
+  int64_t c = 0;
+  for (; c + Vector::kLanes <= count; c += Vector::kLanes) {
+    const A* channels[Vector::kLanes];
+    for (int i = 0; i < Vector::kLanes; ++i) channels[i] = state + (c + i) * kFlowRows;
+    for (int r = 0; r < num_rows; r += Transposed::kCount) {
+      Vector row[Transposed::kCount];
+      Transposed::load(channels, r, row);
+      for (int i = 0; i < Transposed::kCount; ++i) {
+        if (r + i < num_rows) row[i].store(rows[r + i] + c);
+      }
+    }
+  }
+  for (; c < count; ++c) {
+    for (int r = 0; r < num_rows; ++r) {
+      rows[r][c] = from_accumulation<T>(state[c * kFlowRows + r]);
+    }
+  }
+}
+
+template <typename A>
+void multiply_heads(const A* in, const FlowStep<A>& step, A* out) {
+  constexpr int kRows = kVectors * Simd<A>::kLanes;
+  for (int64_t h = 0; h < step.heads; ++h) {
+    const Head head = head_of(step, h);
+    int64_t i = 0;
+    for (; i + kOutputs <= step.dim; i += kOutputs) {
+      for (int r = 0; r < kFlowRows; r += kRows) {
+        multiply_some<A, kOutputs>(in + r, step, head, i, out + r);
+      }
+    }
+    for (; i < step.dim; ++i) {
+      for (int r = 0; r < kFlowRows; r += kRows) {
+        multiply_some<A, 1>(in + r, step, head, i, out + r);
+      }
+    }
+  }
+}
+
+template <typename A>
+void add_outer_products(const A* grad, const A* in, const FlowStep<A>& step, A* grad_weight) {
+  constexpr int kRows = 4;
+  constexpr int kColumns = 2;
+  // So many channels of `grad` that they stay in the first cache while those of `in` pass by.
+  constexpr int64_t kTile = 16;
+  const int64_t rows = step.dim / kRows * kRows;
+  const int64_t columns = step.dim / kColumns * kColumns;
+  for (int64_t first = 0; first < rows; first += kTile) {
+    const int64_t last = first + kTile < rows ? first + kTile : rows;
+    for (int64_t j = 0; j < columns; j += kColumns) {
+      for (int64_t i = first; i < last; i += kRows) {
+        add_some<A, kRows, kColumns>(grad, in, step, i, j, grad_weight);
+      }
+    }
+  }
+  for (int64_t i = 0; i < step.dim; ++i) {
+    for (int64_t j = i < rows ? columns : 0; j < step.dim; ++j) {
+      add_some<A, 1, 1>(grad, in, step, i, j, grad_weight);
+    }
+  }
+}
+
+template <typename A>
+void scale_gradient(const A* state, const A* scale, const A* centre, A* grad, int64_t channels,
+                    A* sum, A* moment) {
+  using Vector = Simd<A>;
+  for (int64_t c = 0; c < channels; ++c) {
+    const Vector middle = Vector::broadcast(centre[c]);
+    const Vector factor = Vector::broadcast(scale[c]);
+    Vector channel_sum = Vector::broadcast(0);
+    Vector channel_moment = channel_sum;
+    for (int v = 0; v < kFlowRows; v += Vector::kLanes) {
+      const Vector g = Vector::load(grad + c * kFlowRows + v);
+      const Vector deviation = sub(Vector::load(state + c * kFlowRows + v), middle);
+      channel_sum = add(channel_sum, g);
+      channel_moment = multiply_add(g, deviation, channel_moment);
+      mul(g, factor).store(grad + c * kFlowRows + v);
+    }
+    sum[c] += reduce_add(channel_sum);
+    moment[c] += reduce_add(channel_moment);
+  }
+}
+
+#define PYNAR_FLOW_BY_STORAGE(T, A)                                                              \
+  template void scale_row(const T*, const A*, const A*, T*, int64_t);                            \
+  template void scale_row_backward(const T*, const T*, const A*, const A*, T*, A*, A*, int64_t); \
+  template void load_steps(const T* const*, int64_t, const A*, const A*, A*);                    \
+  template void store_steps(const A*, int64_t, int64_t, T* const*);
+#define PYNAR_FLOW_BY_ACCUMULATION(A)                                           \
+  template void multiply_heads(const A*, const FlowStep<A>&, A*);               \
+  template void add_outer_products(const A*, const A*, const FlowStep<A>&, A*); \
+  template void scale_gradient(const A*, const A*, const A*, A*, int64_t, A*, A*);
+
+PYNAR_FLOW_BY_STORAGE(float, float)
+PYNAR_FLOW_BY_STORAGE(BFloat16, float)
+PYNAR_FLOW_BY_STORAGE(Half, float)
+PYNAR_FLOW_BY_ACCUMULATION(float)
+#if !defined(__AVX2__)
+// float64 checks gradients; nobody waits for it.
+PYNAR_FLOW_BY_STORAGE(double, double)
+PYNAR_FLOW_BY_ACCUMULATION(double)
+#endif
+
+}  // namespace pynar::PYNAR_ISA
+
+#else
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "common/operators.h"
+#include "common/parallel.h"
+#include "flow/flow_arguments.h"
+#ifdef PYNAR_WITH_CUDA
+#include "common/cuda_launch.h"
+#endif
+
+namespace pynar {
+namespace {
+
+struct Place {
+  int64_t b, t;
+};
+
+// The steps that are no padding.
+template <typename T>
+std::vector<Place> live_steps(const FlowLinearParams<T>& p) {
+  std::vector<Place> places;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t t = 0; t < p.lengths[b * p.lengths_stride]; ++t) places.push_back({b, t});
+  }
+  return places;
+}
+
+template <typename T, typename U>
+void zero_padding(const FlowLinearParams<T>& p, const FlowRows<U>& rows) {
+  const int64_t squeezed = flow_joined_steps(p.steps, rows.factor);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t length = p.lengths[b * p.lengths_stride];
+    for (int64_t t = length; t < squeezed; ++t) std::fill_n(rows.kept_of(b, t), rows.kept, U{});
+    for (int64_t t = length; t < p.steps; ++t) {
+      std::fill_n(rows.dropped_of(b, t), p.channels - rows.kept, U{});
+    }
+  }
+}
+
+// The scale and shift of every place, [K + 2, C] each; the last row scales by one and shifts by
+// nothing. The centre is what to subtract from a state for the gradient of the scale.
+template <typename T>
+struct Coefficients {
+  using A = accumulation_t<T>;
+  std::vector<A> scale, shift, centre;
+  int64_t channels;
+  int64_t identity;
+
+  explicit Coefficients(const FlowLinearParams<T>& p)
+      : scale((p.matrices + 2) * p.channels, A(1)),
+        shift((p.matrices + 2) * p.channels, A(0)),
+        centre((p.matrices + 2) * p.channels, A(0)),
+        channels(p.channels),
+        identity((p.matrices + 1) * p.channels) {
+    for (int64_t place = 0; place <= p.matrices; ++place) {
+      const int64_t k = p.normed(place);
+      if (k < 0) continue;
+      for (int64_t c = 0; c < channels; ++c) {
+        const A s = p.log_scale[k * channels + c];
+        const A b = p.bias[k * channels + c];
+        const A factor = std::exp(p.inverse ? -s : s);
+        scale[place * channels + c] = factor;
+        shift[place * channels + c] = p.inverse ? -b * factor : b;
+        // Forward, what comes out is a state: x e^s = y - b. Backward it is -(x - b) e^-s itself.
+        centre[place * channels + c] = p.inverse ? A(0) : b;
+      }
+    }
+  }
+};
+
+// Everything about a block of steps, and where it is.
+template <typename T>
+class Block {
+ public:
+  using A = accumulation_t<T>;
+
+  explicit Block(const FlowLinearParams<T>& p) : p_(p), zeros_(p.channels, T{}) {}
+
+  void load(const FlowRows<const T>& from, const Place* places, int64_t count, const A* scale,
+            const A* shift, A* state) const {
+    const auto load_steps = PYNAR_SELECT_FLOW_KERNEL(load_steps<T>);
+    const T* kept[kFlowRows];
+    const T* dropped[kFlowRows];
+    for (int64_t r = 0; r < kFlowRows; ++r) {
+      kept[r] = r < count ? from.kept_of(places[r].b, places[r].t) : zeros_.data();
+      dropped[r] = r < count ? from.dropped_of(places[r].b, places[r].t) : zeros_.data();
+    }
+    load_steps(kept, from.kept, scale, shift, state);
+    if (from.kept == p_.channels) return;
+    load_steps(dropped, p_.channels - from.kept, scale + from.kept, shift + from.kept,
+               state + from.kept * kFlowRows);
+  }
+
+  void store(const A* state, const Place* places, int64_t count, const FlowRows<T>& to) const {
+    const auto store_steps = PYNAR_SELECT_FLOW_KERNEL(store_steps<T>);
+    T* kept[kFlowRows];
+    T* dropped[kFlowRows];
+    for (int64_t r = 0; r < count; ++r) {
+      kept[r] = to.kept_of(places[r].b, places[r].t);
+      dropped[r] = to.dropped_of(places[r].b, places[r].t);
+    }
+    store_steps(state, to.kept, count, kept);
+    if (to.kept == p_.channels) return;
+    store_steps(state + to.kept * kFlowRows, p_.channels - to.kept, count, dropped);
+  }
+
+  // Matrix number i in order of application, with what follows it.
+  FlowStep<A> step(int64_t i, const Coefficients<T>& c) const {
+    const int64_t k = p_.applied(i);
+    return {p_.weight + k * p_.dim * p_.dim,
+            p_.dim,
+            1,
+            p_.dim,
+            p_.channels / p_.dim,
+            p_.strided(k),
+            &c.scale[(i + 1) * p_.channels],
+            &c.shift[(i + 1) * p_.channels]};
+  }
+
+  // The same matrix transposed, with nothing after it.
+  FlowStep<A> transposed(int64_t i, const Coefficients<T>& c) const {
+    FlowStep<A> step = this->step(i, c);
+    std::swap(step.row_stride, step.column_stride);
+    step.scale = &c.scale[c.identity];
+    step.shift = &c.shift[c.identity];
+    return step;
+  }
+
+ private:
+  const FlowLinearParams<T>& p_;
+  std::vector<T> zeros_;
+};
+
+// For a piece of some ten microseconds.
+template <typename T>
+int64_t flow_grain(const FlowLinearParams<T>& p, int64_t rows) {
+  const int64_t work = rows * p.channels * (4 + p.matrices * p.dim / 8);
+  return 1 + (int64_t{1} << 15) / work;
+}
+
+template <typename T>
+void copy_steps(const FlowLinearParams<T>& p, const std::vector<Place>& places) {
+  using A = accumulation_t<T>;
+  const auto scale_row = PYNAR_SELECT_FLOW_KERNEL(scale_row<T>);
+  const Coefficients<T> coefficients(p);
+  const A* scale = coefficients.scale.data();
+  const A* shift = coefficients.shift.data();
+  // One side may be squeezed; both have the same first channels then.
+  const int64_t kept = std::min(p.x.kept, p.y.kept);
+  const int64_t dropped = p.channels - kept;
+  const auto one = [&](const T* x, int64_t first, int64_t count, T* y) {
+    if (p.log_scale == nullptr) {
+      std::copy_n(x, count, y);
+    } else {
+      scale_row(x, scale + first, shift + first, y, count);
+    }
+  };
+  const int64_t n = static_cast<int64_t>(places.size());
+  parallel_for(n, flow_grain(p, 1), [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const auto [b, t] = places[i];
+      one(p.x.kept_of(b, t), 0, kept, p.y.kept_of(b, t));
+      if (dropped > 0) one(p.x.at(b, t, kept), kept, dropped, p.y.at(b, t, kept));
+    }
+  });
+}
+
+template <typename T>
+void flow_linear_cpu(const FlowLinearParams<T>& p) {
+  using A = accumulation_t<T>;
+  const std::vector<Place> places = live_steps(p);
+  zero_padding(p, p.y);
+  if (p.matrices == 0) return copy_steps(p, places);
+
+  const auto multiply_heads = PYNAR_SELECT_FLOW_KERNEL(multiply_heads<A>);
+  const Coefficients<T> coefficients(p);
+  const Block<T> block(p);
+  const int64_t n = static_cast<int64_t>(places.size());
+  const int64_t blocks = (n + kFlowRows - 1) / kFlowRows;
+  parallel_for(blocks, flow_grain(p, kFlowRows), [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    const int64_t size = p.channels * kFlowRows;
+    A* in = scratch.get<A>(2 * size);
+    A* out = in + size;
+    for (int64_t i = begin * kFlowRows; i < std::min(n, end * kFlowRows); i += kFlowRows) {
+      const int64_t count = std::min<int64_t>(kFlowRows, n - i);
+      block.load(p.x, &places[i], count, coefficients.scale.data(), coefficients.shift.data(), in);
+      for (int64_t k = 0; k < p.matrices; ++k) {
+        multiply_heads(in, block.step(k, coefficients), out);
+        std::swap(in, out);
+      }
+      block.store(in, &places[i], count, p.y);
+    }
+  });
+}
+
+// The sums that the gradients of parameters are made of.
+template <typename A>
+struct FlowSums {
+  A* weight;  // [K, d, d]
+  A* sum;     // [K + 1, C], by place: of the gradients of what comes out there
+  A* moment;  // [K + 1, C], by place: of these times the state less the centre
+
+  FlowSums(A* memory, int64_t matrices, int64_t dim, int64_t channels)
+      : weight(memory),
+        sum(weight + matrices * dim * dim),
+        moment(sum + (matrices + 1) * channels) {}
+};
+
+template <typename T>
+void scale_steps_backward(const FlowLinearBackwardParams<T>& params, const Place* places,
+                          int64_t count, const Coefficients<T>& coefficients,
+                          const FlowSums<accumulation_t<T>>& sums) {
+  const FlowLinearParams<T>& p = params.forward;
+  const auto scale_row_backward = PYNAR_SELECT_FLOW_KERNEL(scale_row_backward<T>);
+  // Here the states are those that go in.
+  std::vector<accumulation_t<T>> centre(p.channels, 0);
+  if (p.inverse && p.log_scale != nullptr) std::copy_n(p.bias, p.channels, centre.begin());
+  for (int64_t i = 0; i < count; ++i) {
+    const auto [b, t] = places[i];
+    scale_row_backward(params.grad_y.kept_of(b, t), p.x.kept_of(b, t), coefficients.scale.data(),
+                       centre.data(), params.grad_x.kept_of(b, t), sums.sum, sums.moment,
+                       p.channels);
+  }
+}
+
+template <typename T>
+void chain_backward(const FlowLinearBackwardParams<T>& params, const Place* places, int64_t count,
+                    const Coefficients<T>& coefficients, const Block<T>& block,
+                    const FlowSums<accumulation_t<T>>& sums) {
+  using A = accumulation_t<T>;
+  const FlowLinearParams<T>& p = params.forward;
+  const auto multiply_heads = PYNAR_SELECT_FLOW_KERNEL(multiply_heads<A>);
+  const auto add_outer_products = PYNAR_SELECT_FLOW_KERNEL(add_outer_products<A>);
+  const auto scale_gradient = PYNAR_SELECT_FLOW_KERNEL(scale_gradient<A>);
+  thread_local Scratch scratch;
+  const int64_t size = p.channels * kFlowRows;
+  A* states = scratch.get<A>((p.matrices + 3) * size);
+  A* grad = states + (p.matrices + 1) * size;
+  A* other = grad + size;
+  const A* ones = &coefficients.scale[coefficients.identity];
+  const A* zeros = &coefficients.shift[coefficients.identity];
+  // What comes out of the last matrix is needed where it is scaled afterwards.
+  const int64_t products = p.normed(p.matrices) >= 0 ? p.matrices : p.matrices - 1;
+
+  for (int64_t i = 0; i < count; i += kFlowRows) {
+    const int64_t rows = std::min<int64_t>(kFlowRows, count - i);
+    block.load(p.x, places + i, rows, coefficients.scale.data(), coefficients.shift.data(), states);
+    for (int64_t k = 0; k < products; ++k) {
+      multiply_heads(states + k * size, block.step(k, coefficients), states + (k + 1) * size);
+    }
+    block.load(params.grad_y, places + i, rows, ones, zeros, grad);
+    for (int64_t place = p.matrices; place >= 0; --place) {
+      if (p.normed(place) >= 0) {
+        scale_gradient(states + place * size, &coefficients.scale[place * p.channels],
+                       &coefficients.centre[place * p.channels], grad, p.channels,
+                       sums.sum + place * p.channels, sums.moment + place * p.channels);
+      }
+      if (place == 0) break;
+      const int64_t k = place - 1;
+      const FlowStep<A> step = block.transposed(k, coefficients);
+      add_outer_products(grad, states + k * size, step, sums.weight + p.applied(k) * p.dim * p.dim);
+      multiply_heads(grad, step, other);
+      std::swap(grad, other);
+    }
+    block.store(grad, places + i, rows, params.grad_x);
+  }
+}
+
+// From the sums of all parts, in order.
+template <typename T>
+void finish_gradients(const FlowLinearBackwardParams<T>& params,
+                      const Coefficients<T>& coefficients,
+                      const FlowSums<accumulation_t<T>>& sums) {
+  using A = accumulation_t<T>;
+  const FlowLinearParams<T>& p = params.forward;
+  std::copy_n(sums.weight, p.matrices * p.dim * p.dim, params.grad_weight);
+  for (int64_t place = 0; place <= p.matrices; ++place) {
+    const int64_t k = p.normed(place);
+    if (k < 0) continue;
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const A scale = coefficients.scale[place * p.channels + c];
+      const A sum = sums.sum[place * p.channels + c];
+      A moment = sums.moment[place * p.channels + c];
+      if (p.matrices == 0) moment *= scale;
+      params.grad_bias[k * p.channels + c] = p.inverse ? -sum * scale : sum;
+      params.grad_log_scale[k * p.channels + c] = p.inverse ? -moment : moment;
+    }
+  }
+}
+
+template <typename T>
+void flow_linear_backward_cpu(const FlowLinearBackwardParams<T>& params) {
+  using A = accumulation_t<T>;
+  const FlowLinearParams<T>& p = params.forward;
+  const std::vector<Place> places = live_steps(p);
+  zero_padding(p, params.grad_x);
+  const Coefficients<T> coefficients(p);
+  const Block<T> block(p);
+  const int64_t n = static_cast<int64_t>(places.size());
+  const int64_t blocks = (n + kFlowRows - 1) / kFlowRows;
+  const int64_t chunks = std::clamp<int64_t>(blocks, 1, kFlowChunks);
+  const int64_t size = flow_sums(p.matrices, p.dim, p.channels);
+  std::vector<A> memory(chunks * size, A(0));
+  const int64_t grain = 1 + flow_grain(p, kFlowRows) * chunks / (blocks + 1);
+  parallel_for(chunks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = blocks * chunk / chunks * kFlowRows;
+      const int64_t count = std::min(n, blocks * (chunk + 1) / chunks * kFlowRows) - first;
+      const FlowSums<A> sums(&memory[chunk * size], p.matrices, p.dim, p.channels);
+      if (p.matrices == 0) {
+        scale_steps_backward(params, places.data() + first, count, coefficients, sums);
+      } else {
+        chain_backward(params, places.data() + first, count, coefficients, block, sums);
+      }
+    }
+  });
+  parallel_for(size, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      for (int64_t i = begin; i < end; ++i) memory[i] += memory[chunk * size + i];
+    }
+  });
+  finish_gradients(params, coefficients, FlowSums<A>(memory.data(), p.matrices, p.dim, p.channels));
+}
+
+void check_result(const Check& check, const char* name, const Tensor& y, const Tensor& x) {
+  check.shape(name, y, {x.size(0), x.size(1), x.size(2)}, "that of `x`");
+  check.dtype(name, y, {x.dtype()});
+  check.device(name, y, "x", x);
+  check_channels(check, name, y);
+}
+
+void check_parameter(const Check& check, const char* name, const Tensor& parameter,
+                     std::initializer_list<int64_t> shape, const char* meaning, const Tensor& x) {
+  check.shape(name, parameter, shape, meaning);
+  check.dtype(name, parameter, {x.dtype() == kFloat64 ? kFloat64 : kFloat32});
+  check.device(name, parameter, "x", x);
+  check.contiguous(name, parameter);
+}
+
+template <typename T>
+FlowRows<T> plain_rows(const Tensor& x) {
+  return {x.data<T>(), nullptr, 1, x.size(2), x.stride(0), x.stride(1), 0, 0};
+}
+
+template <typename T>
+FlowRows<T> squeezed_rows(const Tensor& main, const Tensor& dropped, int64_t factor) {
+  return {main.data<T>(),        dropped.data<T>(), factor,
+          main.size(2) / factor, main.stride(0),    main.stride(1),
+          dropped.stride(0),     dropped.stride(1)};
+}
+
+template <typename T>
+FlowLinearParams<T> sized_params(const Tensor& x, const Tensor& lengths) {
+  FlowLinearParams<T> p{};
+  p.lengths = lengths.data<int64_t>();
+  p.lengths_stride = lengths.stride(0);
+  p.batch = x.size(0);
+  p.steps = x.size(1);
+  p.channels = x.size(2);
+  return p;
+}
+
+// A GPU holds two states of a step in shared memory.
+template <typename T>
+void check_fits(const Check& check, const FlowLinearParams<T>& p) {
+  const int64_t most = kFlowStateBytes / static_cast<int64_t>(2 * sizeof(accumulation_t<T>));
+  if (p.channels > most) {
+    check.fail("x", "have at most " + std::to_string(most) + " channels on cuda",
+               std::to_string(p.channels));
+  }
+}
+
+template <typename T>
+std::optional<LaunchPlan> run_forward(const Check& check, const FlowLinearParams<T>& params,
+                                      const Tensor& x) {
+  if (x.device().type == dlpack::kCpu) {
+    flow_linear_cpu(params);
+    return std::nullopt;
+  }
+  if (params.matrices > 0) check_fits(check, params);
+#ifdef PYNAR_WITH_CUDA
+  if (!use_nvrtc()) {
+    const DeviceGuard guard(x.device().index);
+    flow_linear_cuda(params, x.stream());
+    return std::nullopt;
+  }
+#endif
+  LaunchPlan plan("flow/flow_linear.cuh", params, x);
+  plan.add<T>(params.matrices > 0 ? "flow_linear_steps" : "flow_copy", kFlowThreads,
+              flow_linear_blocks(params));
+  return plan;
+}
+
+template <typename T>
+std::optional<LaunchPlan> run_backward(const Check& check, FlowLinearBackwardParams<T>& params,
+                                       const Tensor& x, const std::optional<Tensor>& workspace) {
+  using A = accumulation_t<T>;
+  const FlowLinearParams<T>& p = params.forward;
+  if (x.device().type == dlpack::kCpu) {
+    flow_linear_backward_cpu(params);
+    return std::nullopt;
+  }
+  check_fits(check, p);
+  if (!workspace) check.fail("workspace", "be given on cuda", "None");
+  const int64_t size =
+      flow_linear_backward_workspace(p.batch, p.steps, p.channels, p.matrices, p.dim, sizeof(A));
+  check_parameter(check, "workspace", *workspace, {size}, "numbers", x);
+  const int64_t parts = flow_parts(p.batch * p.steps, p.channels, sizeof(A));
+  params.partials = workspace->data<A>();
+  params.states = params.partials + parts * flow_sums(p.matrices, p.dim, p.channels);
+#ifdef PYNAR_WITH_CUDA
+  if (!use_nvrtc()) {
+    const DeviceGuard guard(x.device().index);
+    flow_linear_backward_cuda(params, x.stream());
+    return std::nullopt;
+  }
+#endif
+  LaunchPlan plan("flow/flow_linear.cuh", params, x);
+  if (parts > 0) plan.add<T>("flow_linear_gradient", kFlowThreads, parts);
+  plan.add<T>("flow_linear_finish", kFlowThreads, flow_finish_blocks(p));
+  return plan;
+}
+
+}  // namespace
+
+void check_channels(const Check& check, const char* name, const Tensor& x) {
+  if (x.numel() > 0 && x.size(2) > 1 && x.stride(2) != 1) {
+    check.fail(name, "have neighbouring channels", "stride " + std::to_string(x.stride(2)));
+  }
+}
+
+void check_flow_lengths(const Check& check, const Tensor& lengths, const char* name,
+                        const Tensor& x) {
+  if (x.device().type != dlpack::kCpu && x.device().type != dlpack::kCuda) {
+    check.fail(name, "be on cpu or cuda", to_string(x.device()));
+  }
+  check.shape("lengths", lengths, {x.size(0)}, ("batch of `" + std::string(name) + "`").c_str());
+  check.dtype("lengths", lengths, {kInt64});
+  check.device("lengths", lengths, name, x);
+  if (x.device().type != dlpack::kCpu) return;
+  for (int64_t b = 0; b < x.size(0); ++b) {
+    const int64_t length = lengths.data<int64_t>()[b * lengths.stride(0)];
+    if (length >= 0 && length <= x.size(1)) continue;
+    check.fail("lengths", "have values in [0, " + std::to_string(x.size(1)) + "]",
+               std::to_string(length) + " (sentence " + std::to_string(b) + ")");
+  }
+}
+
+void check_flow_steps(const Check& check, const char* name, const Tensor& x,
+                      const Tensor& lengths) {
+  check.dims(name, x, 3, "[B, T, C]");
+  check.dtype(name, x, {kFloat32, kBFloat16, kFloat16, kFloat64});
+  if (x.size(2) == 0) check.fail(name, "have at least one channel", "0");
+  check_channels(check, name, x);
+  check_flow_lengths(check, lengths, name, x);
+}
+
+int64_t flow_linear_backward_workspace(int64_t batch, int64_t steps, int64_t channels,
+                                       int64_t matrices, int64_t dim, int64_t element_size) {
+  // Too many channels are an error, which is raised later.
+  const int64_t rows = channels > 0 ? flow_block_rows(channels, element_size) : 0;
+  if (rows == 0) return 0;
+  const int64_t parts = flow_parts(batch * steps, channels, element_size);
+  return parts * (flow_sums(matrices, dim, channels) + (matrices + 1) * rows * channels);
+}
+
+std::optional<LaunchPlan> actnorm(const Tensor& x, const Tensor& lengths, const Tensor& log_scale,
+                                  const Tensor& bias, bool inverse, const Tensor& y) {
+  const Check check("actnorm");
+  check_flow_steps(check, "x", x, lengths);
+  check_parameter(check, "log_scale", log_scale, {x.size(2)}, "channels of `x`", x);
+  check_parameter(check, "bias", bias, {x.size(2)}, "channels of `x`", x);
+  check_result(check, "y", y, x);
+  if (x.numel() == 0) return std::nullopt;
+  return dispatch_floating(x.dtype(), [&]<typename T>() -> std::optional<LaunchPlan> {
+    using A = accumulation_t<T>;
+    FlowLinearParams<T> params = sized_params<T>(x, lengths);
+    params.x = plain_rows<const T>(x);
+    params.y = plain_rows<T>(y);
+    params.log_scale = log_scale.data<A>();
+    params.bias = bias.data<A>();
+    params.inverse = inverse;
+    return run_forward(check, params, x);
+  });
+}
+
+std::optional<LaunchPlan> actnorm_backward(const Tensor& grad_y, const Tensor& x,
+                                           const Tensor& lengths, const Tensor& log_scale,
+                                           const Tensor& bias, bool inverse, const Tensor& grad_x,
+                                           const Tensor& grad_log_scale, const Tensor& grad_bias,
+                                           const std::optional<Tensor>& workspace) {
+  const Check check("actnorm_backward");
+  check_flow_steps(check, "x", x, lengths);
+  check_result(check, "grad_y", grad_y, x);
+  check_result(check, "grad_x", grad_x, x);
+  for (const auto& [name, tensor] : {std::pair<const char*, const Tensor&>{"log_scale", log_scale},
+                                     {"bias", bias},
+                                     {"grad_log_scale", grad_log_scale},
+                                     {"grad_bias", grad_bias}}) {
+    check_parameter(check, name, tensor, {x.size(2)}, "channels of `x`", x);
+  }
+  return dispatch_floating(x.dtype(), [&]<typename T>() -> std::optional<LaunchPlan> {
+    using A = accumulation_t<T>;
+    FlowLinearBackwardParams<T> params{};
+    params.forward = sized_params<T>(x, lengths);
+    params.forward.x = plain_rows<const T>(x);
+    params.forward.log_scale = log_scale.data<A>();
+    params.forward.bias = bias.data<A>();
+    params.forward.inverse = inverse;
+    params.grad_y = plain_rows<const T>(grad_y);
+    params.grad_x = plain_rows<T>(grad_x);
+    params.grad_log_scale = grad_log_scale.data<A>();
+    params.grad_bias = grad_bias.data<A>();
+    return run_backward(check, params, x, workspace);
+  });
+}
+
+std::optional<LaunchPlan> squeeze(const Tensor& x, const Tensor& lengths, int64_t factor,
+                                  const Tensor& y, const Tensor& dropped) {
+  const Check check("squeeze");
+  check_flow_steps(check, "x", x, lengths);
+  if (factor < 1) check.fail("factor", "be at least 1", std::to_string(factor));
+  check.dims("y", y, 3, "[B, T, f C]");
+  const int64_t kept = y.size(2) / factor;
+  check.shape("y", y, {x.size(0), (x.size(1) + factor - 1) / factor, factor * kept},
+              "steps of `x`, joined");
+  check.shape("dropped", dropped, {x.size(0), x.size(1), x.size(2) - kept}, "what is not kept");
+  for (const auto& [name, tensor] :
+       {std::pair<const char*, const Tensor&>{"y", y}, {"dropped", dropped}}) {
+    check.dtype(name, tensor, {x.dtype()});
+    check.device(name, tensor, "x", x);
+    check.contiguous(name, tensor);
+  }
+  if (x.numel() == 0) return std::nullopt;
+  return dispatch_floating(x.dtype(), [&]<typename T>() -> std::optional<LaunchPlan> {
+    FlowLinearParams<T> params = sized_params<T>(x, lengths);
+    params.x = plain_rows<const T>(x);
+    params.y = squeezed_rows<T>(y, dropped, factor);
+    return run_forward(check, params, x);
+  });
+}
+
+std::optional<LaunchPlan> unsqueeze(const std::string& name, const Tensor& y, const Tensor& dropped,
+                                    const Tensor& lengths, int64_t factor, const Tensor& x) {
+  const Check check(name.c_str());
+  check.dims("y", y, 3, "[B, T, f C]");
+  check.dtype("y", y, {kFloat32, kBFloat16, kFloat16, kFloat64});
+  if (factor < 1) check.fail("factor", "be at least 1", std::to_string(factor));
+  if (y.size(2) == 0 || y.size(2) % factor != 0) {
+    check.fail("y", "have a multiple of " + std::to_string(factor) + " channels (`factor`)",
+               std::to_string(y.size(2)));
+  }
+  check.dims("dropped", dropped, 3, "[B, T, D]");
+  const int64_t batch = dropped.size(0);
+  const int64_t steps = dropped.size(1);
+  const int64_t kept = y.size(2) / factor;
+  check.shape("y", y, {batch, (steps + factor - 1) / factor, factor * kept},
+              "batch and steps of `dropped`, joined");
+  check.dtype("dropped", dropped, {y.dtype()});
+  check.device("dropped", dropped, "y", y);
+  check_channels(check, "y", y);
+  check_channels(check, "dropped", dropped);
+  check.shape("x", x, {batch, steps, kept + dropped.size(2)}, "steps taken apart");
+  check_result(check, "x", x, x);
+  check.dtype("x", x, {y.dtype()});
+  check.device("x", x, "y", y);
+  check_flow_lengths(check, lengths, "y", x);
+  if (x.numel() == 0) return std::nullopt;
+  return dispatch_floating(x.dtype(), [&]<typename T>() -> std::optional<LaunchPlan> {
+    FlowLinearParams<T> params = sized_params<T>(x, lengths);
+    params.x = squeezed_rows<const T>(y, dropped, factor);
+    params.y = plain_rows<T>(x);
+    return run_forward(check, params, x);
+  });
+}
+
+namespace {
+
+// The operator's arguments, but for where results go.
+template <typename T>
+FlowLinearParams<T> chain_params(const Tensor& x, const Tensor& lengths,
+                                 const std::optional<Tensor>& log_scale,
+                                 const std::optional<Tensor>& bias, const Tensor& weight,
+                                 int64_t layout, bool inverse) {
+  using A = accumulation_t<T>;
+  FlowLinearParams<T> params = sized_params<T>(x, lengths);
+  params.x = plain_rows<const T>(x);
+  params.log_scale = log_scale ? log_scale->data<A>() : nullptr;
+  params.bias = bias ? bias->data<A>() : nullptr;
+  params.weight = weight.data<A>();
+  params.matrices = weight.size(0);
+  params.dim = weight.size(1);
+  params.layout = static_cast<FlowLayout>(layout);
+  params.inverse = inverse;
+  return params;
+}
+
+void check_chain(const Check& check, const Tensor& x, const Tensor& lengths,
+                 const std::optional<Tensor>& log_scale, const std::optional<Tensor>& bias,
+                 const Tensor& weight, int64_t layout) {
+  check_flow_steps(check, "x", x, lengths);
+  check.dims("weight", weight, 3, "[K, d, d]");
+  const int64_t matrices = weight.size(0);
+  const int64_t dim = weight.size(1);
+  check_parameter(check, "weight", weight, {matrices, dim, dim}, "a square matrix a step", x);
+  if (dim == 0 || x.size(2) % dim != 0) {
+    check.fail("weight",
+               "be of a size that divides the " + std::to_string(x.size(2)) + " channels of `x`",
+               std::to_string(dim));
+  }
+  const char* meaning = "steps of `weight`, channels of `x`";
+  if (log_scale.has_value() != bias.has_value()) check.fail("bias", "come with `log_scale`", "one");
+  if (log_scale) {
+    check_parameter(check, "log_scale", *log_scale, {matrices, x.size(2)}, meaning, x);
+    check_parameter(check, "bias", *bias, {matrices, x.size(2)}, meaning, x);
+  }
+  if (layout < 0 || layout > 2) check.fail("layout", "be in [0, 2]", std::to_string(layout));
+}
+
+}  // namespace
+
+std::optional<LaunchPlan> flow_linear(const std::string& name, const Tensor& x,
+                                      const Tensor& lengths, const std::optional<Tensor>& log_scale,
+                                      const std::optional<Tensor>& bias, const Tensor& weight,
+                                      int64_t layout, bool inverse, const Tensor& y) {
+  const Check check(name.c_str());
+  check_chain(check, x, lengths, log_scale, bias, weight, layout);
+  check_result(check, "y", y, x);
+  if (x.numel() == 0) return std::nullopt;
+  return dispatch_floating(x.dtype(), [&]<typename T>() -> std::optional<LaunchPlan> {
+    FlowLinearParams<T> params =
+        chain_params<T>(x, lengths, log_scale, bias, weight, layout, inverse);
+    params.y = plain_rows<T>(y);
+    // No step is no map, not actnorm.
+    if (params.matrices == 0) params.log_scale = nullptr;
+    return run_forward(check, params, x);
+  });
+}
+
+std::optional<LaunchPlan> flow_linear_backward(
+    const std::string& name, const Tensor& grad_y, const Tensor& x, const Tensor& lengths,
+    const std::optional<Tensor>& log_scale, const std::optional<Tensor>& bias, const Tensor& weight,
+    int64_t layout, bool inverse, const Tensor& grad_x, const Tensor& grad_log_scale,
+    const Tensor& grad_bias, const Tensor& grad_weight, const std::optional<Tensor>& workspace) {
+  const std::string full_name = name + "_backward";
+  const Check check(full_name.c_str());
+  check_chain(check, x, lengths, log_scale, bias, weight, layout);
+  check_result(check, "grad_y", grad_y, x);
+  check_result(check, "grad_x", grad_x, x);
+  const int64_t matrices = weight.size(0);
+  const int64_t dim = weight.size(1);
+  const int64_t normed = log_scale ? matrices : 0;
+  check_parameter(check, "grad_log_scale", grad_log_scale, {normed, x.size(2)}, "by step", x);
+  check_parameter(check, "grad_bias", grad_bias, {normed, x.size(2)}, "by step", x);
+  check_parameter(check, "grad_weight", grad_weight, {matrices, dim, dim}, "that of `weight`", x);
+  return dispatch_floating(x.dtype(), [&]<typename T>() -> std::optional<LaunchPlan> {
+    using A = accumulation_t<T>;
+    FlowLinearBackwardParams<T> params{};
+    params.forward = chain_params<T>(x, lengths, log_scale, bias, weight, layout, inverse);
+    if (matrices == 0) params.forward.log_scale = nullptr;
+    params.grad_y = plain_rows<const T>(grad_y);
+    params.grad_x = plain_rows<T>(grad_x);
+    params.grad_log_scale = grad_log_scale.data<A>();
+    params.grad_bias = grad_bias.data<A>();
+    params.grad_weight = grad_weight.data<A>();
+    return run_backward(check, params, x, workspace);
+  });
+}
+
+}  // namespace pynar
+
+#endif
