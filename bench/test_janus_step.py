@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.conftest import Case
@@ -19,9 +20,9 @@ from bench.padded_janus import autoregressive_streams, auxiliary_streams, losses
 from pynar.data.batching import Batch, collate
 from pynar.models import JANUS, AutoregressiveTransformer, build
 from pynar.models.janus import JANUSExample
-from pynar.nn.two_stream import PackedRows
-from pynar.ops import divergence_cross_entropy, interval_mask
-from pynar.symbols import NUM_SPECIAL
+from pynar.nn.packed import PackedRows
+from pynar.ops import interval_mask
+from pynar.symbols import NUM_SPECIAL, PAD
 
 DIM, HIDDEN, LAYERS, VOCABULARY = 512, 2048, 6, 32000
 SIZES = {"dim": DIM, "ffn_dim": HIDDEN, "encoder_layers": LAYERS, "decoder_layers": LAYERS}
@@ -174,34 +175,24 @@ def test_autoregressive_step(run_case: Any, sentences: int, longest: int, norm: 
     layout = make_model("janus", **weights, encoder_layers=1, decoder_layers=1)
     example = layout.corrupt(batch, torch.Generator())
     streams, n = example.streams, example.streams.content
-    inputs = PackedRows(
-        streams.rows.tokens[:n],
-        streams.rows.positions[:n],
-        streams.rows.intervals[:n],
-        streams.rows.width,
-    )
+
+    shifted = model.corrupt(batch, torch.Generator())
 
     def ours() -> tuple[Tensor, ...]:
-        keys_values = model.decoder.project_rows(model.encode_rows(example.source))
-        states = model.decoder.rows(
-            model.embed_rows(model.target_embedding, inputs),
-            keys_values,
-            sees=inputs.intervals,
-            reads=streams.source[:n],
-            content=n,
-        )
-        entropies, _ = divergence_cross_entropy(
-            model.logits(states)[None],
-            streams.ar_labels,
-            label_smoothing=model.config.label_smoothing,
-        )
-        loss = entropies.mean()
+        loss = model(shifted)["token"] / n
         return loss.detach(), *gradients(model, loss)
 
     def truth(*_: Tensor) -> tuple[Tensor, ...]:
+        """Padded, through the modules that decode."""
         with torch.enable_grad():
-            shifted = model.corrupt(batch, torch.Generator())
-            loss = model(shifted)["token"] / n
+            memory = model.encode(batch.source, batch.source_lengths)
+            states = model.decoder(model.target_embedding(shifted.inputs), memory)
+            loss = F.cross_entropy(
+                model.logits(states).flatten(0, 1),
+                shifted.labels.flatten(),
+                ignore_index=PAD,
+                label_smoothing=model.config.label_smoothing,
+            )
             return loss.detach(), *gradients(model, loss)
 
     run(
@@ -211,5 +202,5 @@ def test_autoregressive_step(run_case: Any, sentences: int, longest: int, norm: 
         operator="autoregressive",
         shape=f"B={sentences},T={longest},{norm}",
         reference=truth,
-        flops=operations(example.source, inputs.intervals, streams.source[:n], n, n, n),
+        flops=operations(example.source, streams.rows.intervals[:n], streams.source[:n], n, n, n),
     )

@@ -37,9 +37,11 @@ class AutoregressiveTransformer(TranslationModel):
         return Example(batch, inputs, labels, {"token": (labels != PAD).sum()})
 
     def forward(self, example: Example) -> dict[str, Tensor]:
-        memory = self.encode(example.batch.source, example.batch.source_lengths)
-        states = self.decoder(self.dropout(self.target_embedding(example.inputs)), memory)
-        return {"token": self._token_loss(states, example.labels)}
+        batch = example.batch
+        source, target, read, labels = self.pack(example, batch.target_lengths + 1, causal=True)
+        x = self.embed_rows(self.target_embedding, target)
+        states = self.decode_rows(x, target, self.encode_rows(source), batch.source_lengths, read)
+        return {"token": self._token_loss(states, labels)}
 
     def score(
         self, source: Tensor, source_lengths: Tensor, target: Tensor, target_lengths: Tensor

@@ -11,11 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pynar.data.batching import Batch
+from pynar.nn.dropout import Dropout
 from pynar.nn.embedding import Embedding
 from pynar.nn.frozen import DTYPES, FrozenDecoder, FrozenEncoder
+from pynar.nn.packed import PackedRows, bounds, pack
 from pynar.nn.transformer import Decoder, Encoder, Memory
-from pynar.nn.two_stream import PackedRows
-from pynar.ops import PackedWeight, linear_argmax, pack_linear, packed_linear
+from pynar.ops import (
+    PackedWeight,
+    divergence_cross_entropy,
+    linear_argmax,
+    pack_linear,
+    packed_linear,
+)
 from pynar.symbols import BOS, MASK, NUM_SPECIAL, PAD
 
 if TYPE_CHECKING:
@@ -134,7 +141,7 @@ class TranslationModel(nn.Module):
         # Of a frozen model FrozenEncoder and FrozenDecoder, which have the same methods.
         self.encoder: Any = Encoder(config.encoder_layers, *sizes, **habits)
         self.decoder: Any = Decoder(config.decoder_layers, *sizes, **habits)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.register_buffer("exclusion", self._exclude(self.banned), persistent=False)
         self.apply(self._initialise)
         if config.init == "xavier" and config.embedding_scale:
@@ -253,27 +260,69 @@ class TranslationModel(nn.Module):
 
     def embed_rows(self, embedding: Embedding, rows: PackedRows) -> Tensor:
         """Tokens and positions of packed rows, `[N, C]`, dropped out."""
+        return self.place_rows(embedding, embedding.embed(rows.tokens), rows)
+
+    def place_rows(self, embedding: Embedding, embedded: Tensor, rows: PackedRows) -> Tensor:
+        """As `embed_rows`, of tokens that are `embedded: [N, C]` already."""
         positions = F.embedding(rows.positions, embedding.positions(0, rows.width))
-        return self.dropout(embedding.norm(embedding.embed(rows.tokens) + positions))
+        return self.dropout(embedding.norm(embedded + positions))
 
     def encode_rows(self, source: PackedRows) -> Tensor:
         """Encodes sources without padding, `[N, C]`; `encode` is for those who need a `Memory`."""
         return self.encoder.rows(self.embed_rows(self.source_embedding, source), source.intervals)
 
-    def _token_loss(self, states: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the cross-entropies of `labels: [B, T]`, smoothed while training.
+    def decode_rows(
+        self,
+        x: Tensor,
+        target: PackedRows,
+        source: Tensor,
+        source_lengths: Tensor,
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """States of decoder inputs `x: [N, C]`, of the rows `read: [M]` alone if given.
 
-        Only rows with a label are projected to the vocabulary. On a GPU this selection reads
-        their number back, once a forward pass; the projection it saves costs far more.
+        `source: [S, C]` is what `encode_rows` gave.
         """
-        rows = labels != PAD
-        smoothing = self.config.label_smoothing if self.training else 0.0
-        return F.cross_entropy(
-            self.logits(states[rows]).float(),
-            labels[rows],
-            reduction="sum",
-            label_smoothing=smoothing,
+        return self.decoder.rows(
+            x,
+            self.decoder.project_rows(source),
+            sees=target.intervals,
+            reads=bounds(source_lengths)[target.sentence][:, None],
+            content=len(x),
+            read=read,
         )
+
+    def pack(
+        self, example: Example, lengths: Tensor, *, causal: bool = False
+    ) -> tuple[PackedRows, PackedRows, Tensor | None, Tensor]:
+        """An example without padding; `lengths: [B]` are those of the decoder's inputs.
+
+        On a GPU it reads three numbers back, the only time in a forward pass.
+
+        Returns:
+            The source, the decoder's inputs, the rows with a label if not all have one, and the
+            labels.
+        """
+        batch = example.batch
+        chosen = example.labels != PAD
+        totals = torch.stack([batch.source_lengths.sum(), lengths.sum(), chosen.sum()])
+        source_tokens, tokens, num_labels = totals.tolist()
+        target = pack(example.inputs, lengths, tokens, causal=causal)
+        labels = example.labels[target.sentence, target.positions]
+        read = None
+        if num_labels < tokens:
+            read = (labels == PAD).int().argsort(stable=True)[:num_labels]
+            labels = labels[read]
+        return pack(batch.source, batch.source_lengths, source_tokens), target, read, labels
+
+    def _token_loss(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the cross-entropies of `labels: [N]`, smoothed while training."""
+        entropies, _ = divergence_cross_entropy(
+            self.logits(states)[None],
+            labels,
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
+        )
+        return entropies.sum()
 
     def corrupt(self, batch: Batch, generator: torch.Generator) -> Example:
         """Draws the training noise of `batch`."""

@@ -12,6 +12,7 @@ from pynar.data.batching import Batch
 from pynar.models.base import Example, TransformerConfig, TranslationModel
 from pynar.nn.attention import padding_mask
 from pynar.nn.length import LengthPredictor
+from pynar.nn.packed import PackedRows
 from pynar.nn.transformer import Memory
 from pynar.symbols import BOS, EOS, MASK, PAD
 
@@ -88,12 +89,29 @@ class CMLM(TranslationModel):
 
     def forward(self, example: Example) -> dict[str, Tensor]:
         batch = example.batch
-        memory = self.encode(batch.source, batch.source_lengths)
-        states = self.decode(example.inputs, batch.target_lengths, memory)
+        source, target, read, labels = self.pack(example, batch.target_lengths)
+        encoded = self.encode_rows(source)
+        x = self._embed_inputs(batch, target)
+        states = self.decode_rows(x, target, encoded, batch.source_lengths, read)
         return {
-            "token": self._token_loss(states, example.labels),
-            "length": self.length.loss(memory.states, memory.lengths, batch.target_lengths),
+            "token": self._token_loss(states, labels),
+            "length": self._length_loss(batch, source, encoded),
         }
+
+    def _embed_inputs(self, batch: Batch, target: PackedRows) -> Tensor:
+        """What the decoder begins with, `[N, C]`."""
+        return self.embed_rows(self.target_embedding, target)
+
+    def _length_loss(self, batch: Batch, source: PackedRows, encoded: Tensor) -> Tensor:
+        """That of a batch, from its `encoded: [S, C]` rows."""
+        sentences, width = batch.source.shape
+        padded = encoded.new_zeros(sentences * width, encoded.shape[1])
+        padded = padded.index_copy(0, source.sentence * width + source.positions, encoded)
+        return self.length.loss(
+            padded.view(sentences, width, encoded.shape[1]),
+            batch.source_lengths,
+            batch.target_lengths,
+        )
 
     def decode(
         self, tokens: Tensor, lengths: Tensor, memory: Memory, wanted: Tensor | None = None

@@ -15,8 +15,9 @@ from pynar.data.batching import Batch
 from pynar.models.base import Example, TransformerConfig
 from pynar.models.cmlm import CMLM, CMLMConfig
 from pynar.nn.attention import padding_mask
+from pynar.nn.packed import PackedRows, pack
 from pynar.nn.transformer import DecoderCache, Memory
-from pynar.nn.two_stream import PackedRows, TwoStreams, ar_rows, pack, two_streams
+from pynar.nn.two_stream import TwoStreams, ar_rows, two_streams
 from pynar.ops import divergence_cross_entropy
 from pynar.symbols import BOS, EOS, MASK, PAD
 
@@ -205,18 +206,7 @@ class JANUS(CMLM):
         source = self.encode_rows(example.source)
         losses = self._token_losses(self.states(example, source), example.streams)
         if "length" in self._terms:
-            batch = example.batch
-            sentences, width = batch.source.shape
-            live = example.source
-            places = torch.arange(sentences, device=source.device) * width
-            places = places.repeat_interleave(batch.source_lengths, output_size=len(source))
-            padded = source.new_zeros(sentences * width, source.shape[1])
-            padded = padded.index_copy(0, places + live.positions, source)
-            losses["length"] = self.length.loss(
-                padded.view(sentences, width, source.shape[1]),
-                batch.source_lengths,
-                batch.target_lengths,
-            )
+            losses["length"] = self._length_loss(example.batch, example.source, source)
         return losses
 
     def states(self, example: JANUSExample, source: Tensor) -> dict[str, Tensor]:
@@ -300,15 +290,15 @@ class JANUS(CMLM):
         Of prefixes of `first: [B]` to `lengths: [B]` tokens: `[sum(lengths - first + 1), C]`,
         sentence after sentence.
         """
-        rows, content, sentence = ar_rows(tokens, lengths, first)
+        rows, content = ar_rows(tokens, lengths, first)
         keys_values, bounds = memory.rows()
         return self.decoder.rows(
             self.embed_rows(self.target_embedding, rows),
             keys_values,
             sees=rows.intervals,
-            reads=bounds[sentence][:, None],
+            reads=bounds[rows.sentence][:, None],
             content=content,
-            read=torch.arange(content, len(sentence), device=tokens.device),
+            read=torch.arange(content, len(rows.tokens), device=tokens.device),
         )
 
     def step(self, tokens: Tensor, memory: Memory, cache: DecoderCache) -> Tensor:

@@ -12,6 +12,7 @@ from pynar.data.batching import Batch
 from pynar.models.base import Example, TransformerConfig
 from pynar.models.cmlm import CMLM, CMLMConfig
 from pynar.nn.attention import padding_mask
+from pynar.nn.packed import PackedRows
 from pynar.nn.transformer import Memory
 
 __all__ = ["VanillaNAT", "VanillaNATConfig", "uniform_copy"]
@@ -44,6 +45,11 @@ def uniform_copy(source_lengths: Tensor, target_lengths: Tensor, width: int) -> 
     return index.clamp(max=last_source)
 
 
+def _copied_lengths(source_lengths: Tensor) -> Tensor:
+    """The source's EOS has no counterpart in a target without one."""
+    return (source_lengths - 1).clamp(min=1)
+
+
 class VanillaNAT(CMLM):
     """Decodes from uniformly copied source embeddings; no target token is ever an input."""
 
@@ -57,14 +63,21 @@ class VanillaNAT(CMLM):
         live = padding_mask(batch.target_lengths, batch.target.shape[1])[:, 0, 0]
         return self._example(batch, live)
 
+    def _embed_inputs(self, batch: Batch, target: PackedRows) -> Tensor:
+        if self.config.decoder_input == "mask":
+            return super()._embed_inputs(batch, target)
+        source_lengths = _copied_lengths(batch.source_lengths)
+        index = uniform_copy(source_lengths, batch.target_lengths, target.width)
+        copied = batch.source.gather(1, index)[target.sentence, target.positions]
+        return self.place_rows(self.target_embedding, self.source_embedding.embed(copied), target)
+
     def decode(
         self, tokens: Tensor, lengths: Tensor, memory: Memory, wanted: Tensor | None = None
     ) -> Tensor:
         if self.config.decoder_input == "mask":
             return super().decode(tokens, lengths, memory, wanted)
         rows = tokens.shape[0] // max(memory.lengths.shape[0], 1)
-        # The source's EOS has no counterpart in a target without one.
-        source_lengths = (memory.lengths - 1).clamp(min=1).repeat_interleave(rows)
+        source_lengths = _copied_lengths(memory.lengths).repeat_interleave(rows)
         index = uniform_copy(source_lengths, lengths, tokens.shape[1])
         sentence = torch.arange(len(memory.lengths), device=tokens.device)
         copied = memory.embedded[sentence.repeat_interleave(rows)[:, None], index]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pynar.nn.attention import CrossAttention, SelfAttention, padding_mask
+from pynar.nn.dropout import Dropout
 from pynar.ops.interval_attention import interval_attention
 
 __all__ = ["Decoder", "DecoderCache", "Encoder", "FeedForward", "KeysValues", "Memory"]
@@ -118,7 +119,7 @@ class _Residual(nn.Module):
     def __init__(self, dim: int, dropout: float, norm_first: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm_first = norm_first
 
     def forward(

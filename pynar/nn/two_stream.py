@@ -1,4 +1,4 @@
-"""Batches as packed rows, and the rows of two-stream training (Liang et al. 2022, JANUS).
+"""The packed rows of two-stream training (Liang et al. 2022, JANUS).
 
 Nothing here waits for a GPU: how many rows there are is known from numbers that are given.
 """
@@ -11,49 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pynar.ops import padding_intervals, two_stream_intervals
+from pynar.nn.packed import PackedRows, Places, bounds
+from pynar.ops import two_stream_intervals
 from pynar.symbols import BOS, EOS, MASK
 
-__all__ = ["PackedRows", "TwoStreams", "ar_rows", "pack", "two_streams"]
-
-
-@dataclass(frozen=True)
-class PackedRows:
-    """The tokens of all sentences, one after the other without padding."""
-
-    tokens: Tensor  # int64 [N]
-    positions: Tensor  # int64 [N], in their sentences
-    intervals: Tensor  # int32 [N, R, 2], the rows that each row sees
-    width: int  # no position is as large
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Sentence of every packed row and its place there, `[N]`, and every sentence's first row."""
-
-    sentence: Tensor
-    place: Tensor
-    start: Tensor  # [B]
-
-    @staticmethod
-    def of(lengths: Tensor, total: int) -> _Places:
-        start = lengths.cumsum(0) - lengths
-        numbers = torch.arange(len(lengths), device=lengths.device)
-        sentence = numbers.repeat_interleave(lengths, output_size=total)
-        rows = torch.arange(total, device=lengths.device)
-        return _Places(sentence, rows - start[sentence], start)
-
-    def intervals(self, padded: Tensor, start: Tensor) -> Tensor:
-        """Those of `padded: [B, T, R, 2]`, counted from the `start: [B]` of their sentences."""
-        first = start.int()[self.sentence, None, None]
-        return padded[self.sentence, self.place] + first
-
-
-def pack(tokens: Tensor, lengths: Tensor, total: int) -> PackedRows:
-    """The `total` live tokens of `tokens: [B, T]`; each row sees its sentence."""
-    places, width = _Places.of(lengths, total), tokens.shape[1]
-    sees = places.intervals(padding_intervals(lengths, width), places.start)
-    return PackedRows(tokens[places.sentence, places.place], places.place, sees, width)
+__all__ = ["TwoStreams", "ar_rows", "two_streams"]
 
 
 @dataclass(frozen=True)
@@ -105,8 +67,6 @@ def two_streams(
     full = full.scatter(1, lengths[:, None] + 1, EOS)
     hidden = F.pad(masked, (1, 1))
     counts = masked.sum(1)
-    read_start = source_lengths.cumsum(0) - source_lengths
-    source = torch.stack([read_start, source_lengths.cumsum(0)], -1).int()
     empty = lengths.new_empty(0)
 
     # Of each block of rows: tokens, positions, sentences and intervals; contents, then queries.
@@ -116,7 +76,7 @@ def two_streams(
     content = 0
     if "ar" in streams:
         count = tokens + sentences
-        at = _Places.of(lengths + 1, count)
+        at = Places.of(lengths + 1, count)
         pattern = two_stream_intervals(lengths + 1, counts, "ar", width=width + 1)
         sees = at.intervals(pattern, at.start)
         contents.append((full[at.sentence, at.place], at.place, at.sentence, sees))
@@ -126,7 +86,7 @@ def two_streams(
         ar_labels = full[at.sentence[ar], at.place[ar] + 1]
         content += count
     if "nar" in streams or "aux" in streams:
-        at = _Places.of(lengths + 2, tokens + 2 * sentences)
+        at = Places.of(lengths + 2, tokens + 2 * sentences)
         kind = hidden[at.sentence, at.place].int()
         first = (1 - kind).argsort(stable=True)[:num_masked]
         sentence, place, rows = at.sentence, at.place, lengths + 2
@@ -138,7 +98,7 @@ def two_streams(
             rows, name = rows + counts, "aux_content"
         order = (3 * sentence + kind).argsort(stable=True)
         sentence, place, kind = sentence[order], place[order], kind[order]
-        here = _Places.of(rows, len(order))
+        here = Places.of(rows, len(order))
         start = here.start + content
         pattern = two_stream_intervals(lengths + 2, counts, name, width=2 * width + 2)
         seen = torch.where(kind == 1, MASK, full[sentence, place])
@@ -148,7 +108,7 @@ def two_streams(
         sentence, place = at.sentence[first], at.place[first]
         labels = full[sentence, place]
         if "aux" in streams:
-            each = _Places.of(counts, num_masked)
+            each = Places.of(counts, num_masked)
             pattern = two_stream_intervals(lengths + 2, counts, "aux_query", width=width)
             masks = torch.full_like(place, MASK)
             queries.append((masks, place, sentence, each.intervals(pattern, start)))
@@ -157,19 +117,19 @@ def two_streams(
     ar = ar + content
     parts = zip(*contents, *queries, strict=True)
     ids, positions, sentence, sees = (torch.cat(part) for part in parts)
-    packed = PackedRows(ids, positions, sees, width + 2)
-    reads = source[sentence][:, None]
+    packed = PackedRows(ids, positions, sentence, sees, width + 2)
+    reads = bounds(source_lengths)[sentence][:, None]
     return TwoStreams(packed, content, reads, ar, nar, aux, ar_labels, labels)
 
 
-def ar_rows(target: Tensor, lengths: Tensor, first: Tensor) -> tuple[PackedRows, int, Tensor]:
+def ar_rows(target: Tensor, lengths: Tensor, first: Tensor) -> tuple[PackedRows, int]:
     """The AR streams of `target: [B, T]`, to predict what follows `first: [B]` or more tokens.
 
-    Returns the rows, contents `<s> y` of every sentence and then queries; how many of them are
-    contents; and the sentence of every row, `[N]`.
+    Returns the rows, contents `<s> y` of every sentence and then queries, and how many of them are
+    contents.
     """
-    at = _Places.of(lengths + 1, int((lengths + 1).sum()))
-    ask = _Places.of(lengths - first + 1, int((lengths - first + 1).sum()))
+    at = Places.of(lengths + 1, int((lengths + 1).sum()))
+    ask = Places.of(lengths - first + 1, int((lengths - first + 1).sum()))
     width = target.shape[1] + 1
     pattern = two_stream_intervals(lengths + 1, torch.zeros_like(lengths), "ar", width=width)
     sees = at.intervals(pattern, at.start)
@@ -178,7 +138,8 @@ def ar_rows(target: Tensor, lengths: Tensor, first: Tensor) -> tuple[PackedRows,
     rows = PackedRows(
         torch.cat([contents, torch.full_like(place, MASK)]),
         torch.cat([at.place, place]),
+        torch.cat([at.sentence, ask.sentence]),
         torch.cat([sees, sees[at.start[ask.sentence] + place]]),
         width,
     )
-    return rows, len(contents), torch.cat([at.sentence, ask.sentence])
+    return rows, len(contents)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import inspect
 import os
+import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pynar.training.config import TrainingConfig
 
-__all__ = ["determinism", "make_fabric"]
+__all__ = ["determinism", "keep_freed_memory", "make_fabric"]
 
 MIXED: dict[str, Literal["bf16-mixed", "16-mixed"]] = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -79,6 +81,20 @@ def precision_on(accelerator: str) -> Literal["fp32", "bf16"]:
         mkldnn = torch.backends.mkldnn.is_available()
         native = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "bf16" if native else "fp32"
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep freed memory for the next tensor, from now on in this process.
+
+    glibc gives large blocks back to the kernel, which clears every page again when it is next asked
+    for: a sixth of an update's time on a CPU. Elsewhere nothing happens.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 @contextmanager

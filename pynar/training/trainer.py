@@ -16,7 +16,7 @@ from pynar import checkpoint
 from pynar.checkpoint import TrainingState
 from pynar.data import Batch, Batches, Corpus, Manifest, Tokenizer
 from pynar.training.config import TrainingConfig
-from pynar.training.devices import determinism, make_fabric
+from pynar.training.devices import determinism, keep_freed_memory, make_fabric
 from pynar.training.initialise import initialise
 from pynar.training.non_finite import NonFiniteError, explain
 from pynar.training.output import RunDirectory
@@ -72,7 +72,8 @@ def train(
 
     Runs on one device, or data-parallel in the processes that `torchrun` started. The same
     configuration and seed give the same weights bit for bit, however often the run was
-    interrupted and resumed (on one machine, with the same number of processes).
+    interrupted and resumed (on one machine, with the same number of processes). On a CPU the
+    process keeps the memory it has freed (see `pynar.training.devices.keep_freed_memory`).
 
     Args:
         model: a model of `pynar.models`, or any module with `config`, `name`, `corrupt`,
@@ -113,6 +114,8 @@ class _Trainer:
     ) -> None:
         self.model, self.config, self.directory = model, config, RunDirectory(output)
         self.fabric = make_fabric(config)
+        if self.fabric.device.type == "cpu":
+            keep_freed_memory()
         self.tokenizer = Tokenizer.load(data)
         _check_vocabulary(model, self.tokenizer)
         self.batches = Batches(

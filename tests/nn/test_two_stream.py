@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from pynar.nn.two_stream import pack, two_streams
+from pynar.nn.packed import pack
+from pynar.nn.two_stream import two_streams
 from pynar.ops import interval_mask
 from pynar.symbols import BOS, EOS, MASK
 
