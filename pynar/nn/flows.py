@@ -80,13 +80,16 @@ class _Rows:
     lengths: Tensor  # [B]
     sees: Tensor  # int32 [B, T, 1, 2], the steps of the sequence
     reads: Tensor  # the same of the source
+    positions: Tensor  # [T, W], as wide as what couplings condition on
 
     @staticmethod
-    def of(lengths: Tensor, width: int, source_lengths: Tensor) -> _Rows:
+    def of(lengths: Tensor, width: int, source_lengths: Tensor, like: Tensor, dim: int) -> _Rows:
         candidates = len(lengths) // max(len(source_lengths), 1)
         ends = torch.stack([torch.zeros_like(source_lengths), source_lengths], -1).int()
         reads = ends[:, None, None].repeat(1, candidates * width, 1, 1)
-        return _Rows(lengths, padding_intervals(lengths, width), reads)
+        # The first position of the released code is 1.
+        positions = sinusoids(width + 1, dim)[1:].to(like)
+        return _Rows(lengths, padding_intervals(lengths, width), reads, positions)
 
 
 @dataclass(frozen=True)
@@ -195,12 +198,10 @@ class _CouplingNet(nn.Module):
         self.output = WeightNormLinear(dim, 2 * dim)
 
     def forward(self, x: Tensor, rows: _Rows, source: tuple[Tensor, Tensor]) -> Tensor:
-        # The first position of the released code is 1.
-        positions = sinusoids(x.shape[1] + 1, x.shape[2])[1:].to(x)
         if self.positions is None:
-            x = x + positions
+            x = x + rows.positions
         else:
-            x = self.positions(x, positions, rows.sees)
+            x = self.positions(x, rows.positions, rows.sees)
         q, k, v = self.qkv(x).chunk(3, -1)
         y = _attend(q, _heads(k, self.heads), _heads(v, self.heads), rows.sees)
         x = self.norms[0](x + self.dropout(y))
@@ -366,7 +367,7 @@ class Flow(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """log|det| and inverse of all matrices; to be computed anew when weights have changed."""
-        weights = [m.weight for m in self.modules() if isinstance(m, ActNormLinear)]
+        weights: list[Tensor] = [m.weight for m in self.modules() if isinstance(m, ActNormLinear)]
         return batched_logdet(torch.stack(weights))
 
     def forward(
@@ -402,8 +403,8 @@ class Flow(nn.Module):
         factors = self.factors() if factors is None else factors
         contexts, width = [], z.shape[1]
         for _ in self.levels:
-            whole = _Rows.of(lengths, width, source_lengths)
-            halves = _Rows.of(lengths // 2, width // 2, source_lengths)
+            whole = _Rows.of(lengths, width, source_lengths, z, self.dim // 2)
+            halves = _Rows.of(lengths // 2, width // 2, source_lengths, z, self.dim)
             contexts.append(_Context(whole, halves, keys_values, factors))
             lengths, width = lengths // 2, width // 2
         return self._sample(z, contexts) if inverse else self._encode(z, contexts)

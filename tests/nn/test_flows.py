@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -59,17 +60,18 @@ def test_sampling_undoes_encoding_and_pads_are_zero(
 @pytest.mark.parametrize("inverse", [False, True])
 def test_the_log_determinant_is_that_of_the_jacobian(inverse: bool) -> None:
     flow, (z, source) = make_flow(), make_inputs()
-    for row, length in enumerate(LENGTHS.tolist()):
-        one, lengths = slice(row, row + 1), torch.tensor([length])
-        keys_values = flow.project(source[one])
-
-        def mapped(x: Tensor) -> Tensor:
-            return flow(x, lengths, keys_values, SOURCE_LENGTHS[one], inverse=inverse)[0]
-
+    for row in range(2):
+        one, length = slice(row, row + 1), int(LENGTHS[row])
+        rest = torch.tensor([length]), flow.project(source[one]), SOURCE_LENGTHS[one]
+        call = functools.partial(_called, flow, rest, inverse)
         x = z[one, :length]
-        jacobian = torch.autograd.functional.jacobian(mapped, x).view(length * DIM, length * DIM)
-        logdet = flow(x, lengths, keys_values, SOURCE_LENGTHS[one], inverse=inverse)[1]
-        torch.testing.assert_close(logdet[0], torch.linalg.slogdet(jacobian)[1])
+        jacobian = torch.autograd.functional.jacobian(lambda x, call=call: call(x)[0], x)
+        matrix = jacobian.view(length * DIM, length * DIM)
+        torch.testing.assert_close(call(x)[1][0], torch.linalg.slogdet(matrix)[1])
+
+
+def _called(flow: Flow, rest: tuple, inverse: bool, x: Tensor) -> tuple[Tensor, Tensor]:
+    return flow(x, *rest, inverse=inverse)
 
 
 def test_batch_mates_padding_and_nan_change_nothing() -> None:
@@ -88,7 +90,7 @@ def test_batch_mates_padding_and_nan_change_nothing() -> None:
 
 
 def test_candidates_share_their_source() -> None:
-    flow, (z, source) = make_flow(), make_inputs()
+    flow, (_, source) = make_flow(), make_inputs()
     torch.manual_seed(2)
     noise = torch.randn(6, 8, DIM).double()
     lengths = torch.tensor([8, 4, 8, 4, 8, 8])
@@ -113,9 +115,6 @@ def test_the_source_matters_and_every_parameter_has_a_gradient() -> None:
 def test_gradients_in_float64() -> None:
     flow, (z, source) = make_flow(steps=(1, 1)), make_inputs()
 
-    def loss(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return run(flow, x, LENGTHS[1:], y)
-
     inputs = z[1:, :4].requires_grad_(), source[1:, :3].requires_grad_()
     short = torch.tensor([3])
     flow_source = flow.project(inputs[1])
@@ -137,10 +136,8 @@ def test_initialisation_gives_live_steps_mean_0_and_variance_1() -> None:
     def check(module: ActNorm, arguments: tuple, output: tuple[Tensor, Tensor]) -> None:
         x, context = arguments
         y = output[0]
-        if isinstance(module, ActNormLinear):  # undo the matrix
-            heads = module.weight.inverse()
+        if isinstance(module, ActNormLinear):  # without its matrix
             y = x * module.log_scale.exp() + module.bias
-            assert heads.shape[0] == heads.shape[1]
         rows = y[live(context.whole.lengths, y.shape[1])]
         torch.testing.assert_close(rows.mean(0), torch.zeros(DIM).double(), rtol=0, atol=1e-9)
         torch.testing.assert_close(rows.std(0, correction=0), torch.ones(DIM).double())
