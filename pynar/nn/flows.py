@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pynar.nn.dropout import Dropout
@@ -53,7 +54,7 @@ class WeightNormLinear(nn.Module):
         return self.direction * (self.gain / self.direction.norm(dim=1))[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
     @torch.no_grad()
     def fit(self, x: Tensor, std: float) -> None:
@@ -356,12 +357,16 @@ class Flow(nn.Module):
                 maps.append(coupling("features", True))
             self.levels.append(nn.ModuleList(maps))
         self._widths = [c.width for c in couplings]
-        # One matrix for the keys and values of every coupling, so that they are one product.
-        self.key_value = nn.Linear(source_dim, 2 * sum(self._widths))
+        # One matrix for the keys and values of every coupling, so that they are one product; each
+        # coupling's part is initialised by itself.
+        parts = [torch.empty(2 * width, source_dim) for width in self._widths]
+        self.key_value_weight = nn.Parameter(torch.cat([nn.init.xavier_uniform_(p) for p in parts]))
+        self.key_value_bias = nn.Parameter(torch.zeros(2 * sum(self._widths)))
 
     def project(self, source: Tensor) -> KeysValues:
         """Keys and values of `source: [B, S, C]` for every coupling, `[B, H, S, D]` each."""
-        parts = self.key_value(source).split([2 * width for width in self._widths], -1)
+        projected = F.linear(source, self.key_value_weight, self.key_value_bias)
+        parts = projected.split([2 * width for width in self._widths], -1)
         halves = (part.chunk(2, -1) for part in parts)
         return [(_heads(k, self.heads), _heads(v, self.heads)) for k, v in halves]
 
