@@ -60,10 +60,10 @@ class FlowSeqConfig(CMLMConfig):
         for field in ("posterior_std", "posterior_updates", "kl_warmup_updates"):
             if not (value := getattr(self, field)) >= 0:
                 raise ValueError(f"`{field}` must not be negative, got {value}")
-        # A head of half the width, in a linear map of at least 8 channels.
-        if self.dim % 16 or (self.dim // 2) % self.heads:
+        # Heads of 8 channels in linear maps, and of half the width in couplings.
+        if self.dim % 8 or (self.dim // 2) % self.heads:
             raise ValueError(
-                "`dim` must be a multiple of 16, and half of it of `heads` "
+                "`dim` must be a multiple of 8, and half of it of `heads` "
                 f"({self.heads}), got {self.dim}"
             )
 
