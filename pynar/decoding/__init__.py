@@ -3,6 +3,7 @@
 from pynar.decoding.autoregressive import BeamSearch, Greedy, Sampling
 from pynar.decoding.draft_and_verify import DraftAndVerify
 from pynar.decoding.hypotheses import Hypotheses
+from pynar.decoding.latent import ImportanceWeighted, LatentArgmax
 from pynar.decoding.mask_predict import MaskPredict
 from pynar.decoding.translator import (
     LineTranslator,
@@ -17,6 +18,8 @@ __all__ = [
     "DraftAndVerify",
     "Greedy",
     "Hypotheses",
+    "ImportanceWeighted",
+    "LatentArgmax",
     "LineTranslator",
     "MaskPredict",
     "Sampling",

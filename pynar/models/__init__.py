@@ -8,6 +8,7 @@ from typing import Any
 from pynar.models.autoregressive import AutoregressiveConfig, AutoregressiveTransformer
 from pynar.models.base import TranslationModel
 from pynar.models.cmlm import CMLM, CMLMConfig
+from pynar.models.flowseq import FlowSeq, FlowSeqConfig
 from pynar.models.janus import JANUS, JANUSConfig
 from pynar.models.nat import VanillaNAT, VanillaNATConfig
 from pynar.strict import from_dict
@@ -19,6 +20,8 @@ __all__ = [
     "AutoregressiveConfig",
     "AutoregressiveTransformer",
     "CMLMConfig",
+    "FlowSeq",
+    "FlowSeqConfig",
     "JANUSConfig",
     "TranslationModel",
     "VanillaNAT",
@@ -27,7 +30,7 @@ __all__ = [
 ]
 
 MODELS: dict[str, type[TranslationModel]] = {
-    model.name: model for model in (AutoregressiveTransformer, CMLM, JANUS, VanillaNAT)
+    model.name: model for model in (AutoregressiveTransformer, CMLM, FlowSeq, JANUS, VanillaNAT)
 }
 
 

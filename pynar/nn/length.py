@@ -18,8 +18,9 @@ class LengthPredictor(nn.Module):
     can count: each source token adds the target tokens it stands for.
     `kind="absolute"` has one class a length 1 ... `classes`; `kind="difference"` one class a
     difference T - S from -`classes`//2 up. Target lengths outside the range train the nearest
-    class, and lengths above `longest` are not predicted. (Ghazvininejad et al. 2019; the pooled
-    form is that of the public NAT toolkits.)
+    class, and lengths above `longest` are not predicted. Only multiples of `multiple` are (for
+    models that fill their targets). (Ghazvininejad et al. 2019; the pooled form is that of the
+    public NAT toolkits.)
     """
 
     KINDS = ("absolute", "difference")
@@ -33,6 +34,7 @@ class LengthPredictor(nn.Module):
         classes: int,
         pooling: str = "mean",
         longest: int | None = None,
+        multiple: int = 1,
     ) -> None:
         super().__init__()
         if pooling not in self.POOLINGS:
@@ -45,7 +47,7 @@ class LengthPredictor(nn.Module):
             raise ValueError(
                 f"LengthPredictor: `kind` must be one of {', '.join(self.KINDS)}, got {kind!r}"
             )
-        self.kind, self.classes, self.longest = kind, classes, longest
+        self.kind, self.classes, self.longest, self.multiple = kind, classes, longest, multiple
         self.output = nn.Linear(dim, classes)
 
     def _lengths(self, source_lengths: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ class LengthPredictor(nn.Module):
             pooled = pooled / source_lengths[:, None]
         logits = self.output(pooled.to(states.dtype)).float()
         lengths = self._lengths(source_lengths)
-        impossible = lengths < 1
+        impossible = (lengths < 1) | (lengths % self.multiple != 0)
         if self.longest is not None:
             impossible |= lengths > self.longest
         return logits.masked_fill(impossible, -torch.inf).log_softmax(-1)
@@ -71,9 +73,13 @@ class LengthPredictor(nn.Module):
     def loss(self, states: Tensor, source_lengths: Tensor, target_lengths: Tensor) -> Tensor:
         """Sum over sentences of the negative log-probability of the true length."""
         log_probs = self(states, source_lengths)
-        first = self._lengths(source_lengths)[:, 0]
-        nearest = target_lengths.clamp(min=1, max=self.longest) - first
-        return F.nll_loss(log_probs, nearest.clamp(0, self.classes - 1), reduction="sum")
+        lengths = self._lengths(source_lengths)
+        first, last = lengths[:, 0], lengths[:, -1]
+        nearest = target_lengths.clamp(min=1, max=self.longest).clamp(first, last)
+        if self.multiple > 1:
+            up = -(-nearest // self.multiple) * self.multiple
+            nearest = torch.where(up <= last, up, last // self.multiple * self.multiple)
+        return F.nll_loss(log_probs, nearest - first, reduction="sum")
 
     def predict(
         self,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["TRAINING", "VALIDATION", "seeds"]
+__all__ = ["PREPARATION", "TRAINING", "VALIDATION", "seeds"]
 
-TRAINING, VALIDATION = range(2)
+TRAINING, VALIDATION, PREPARATION = range(3)
 
 
 def seeds(*key: int) -> tuple[int, int]:

@@ -77,7 +77,8 @@ def train(
 
     Args:
         model: a model of `pynar.models`, or any module with `config`, `name`, `corrupt`,
-            `loss_weights` and a `forward` from an example to loss sums.
+            `loss_weights` and a `forward` from an example to loss sums; one that trains in phases
+            may have `weights_at` and `begin_update` as well (see `pynar.models.FlowSeq`).
         data_directory: what `pynar prepare` wrote; its split "valid" is used if there is one.
         output: see `pynar.training.output.RunDirectory` for the layout.
         init_from: a checkpoint whose weights a new run begins with, where name and shape agree.

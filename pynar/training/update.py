@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pynar.training.config import TrainingConfig
 from pynar.training.schedule import learning_rate
-from pynar.training.seeds import TRAINING, seeds
+from pynar.training.seeds import PREPARATION, TRAINING, seeds
 
 __all__ = ["Losses", "Opaque", "Summary", "Updater", "make_optimizer"]
 
@@ -130,13 +130,15 @@ class Updater:
         config, fabric = self._config, self._fabric
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, number)
+        self._begin(number, batches[0])
+        weights = self._weights_at(number)
         place = (config.seed, TRAINING, number, fabric.global_rank)
         noise, dropout = zip(*(seeds(*place, i) for i in range(len(batches))), strict=True)
         examples = [self._corrupt(*pair) for pair in zip(batches, noise, strict=True)]
         local = sum((self.counts(example) for example in examples), torch.zeros_like(self._counts))
         counts = self.reduce(local)
         # DDP takes the mean over processes, the objective is a sum over them.
-        factors = self._weights * fabric.world_size / counts.clamp(min=1.0)
+        factors = weights * fabric.world_size / counts.clamp(min=1.0)
         sums, bad = torch.zeros_like(self._losses), torch.zeros_like(self._bad)
         for i, example in enumerate(examples):
             torch.manual_seed(dropout[i])
@@ -154,6 +156,27 @@ class Updater:
         self._losses += torch.where(done, sums, 0.0)
         self._counts += torch.where(done, counts, 0.0)
         self._bad = torch.where(done, 0.0, self._bad + bad)
+
+    def _begin(self, number: int, batch: Any) -> None:
+        """Lets a model that trains in phases prepare for the next; all processes begin alike."""
+        begin = getattr(self.model, "begin_update", None)
+        if begin is None:
+            return
+        noise, other = seeds(self._config.seed, PREPARATION, number, self._fabric.global_rank, 0)
+        torch.manual_seed(other)
+        batch = batch.to(self._fabric.device)
+        if begin(number, batch, self._generator.manual_seed(noise)) and self._fabric.world_size > 1:
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    torch.distributed.broadcast(parameter, 0)
+
+    def _weights_at(self, number: int) -> Tensor:
+        """The weight of every term in an update, `[terms]`; constant for most models."""
+        at = getattr(self.model, "weights_at", None)
+        if at is None:
+            return self._weights
+        weights = at(number)
+        return torch.tensor([weights[term] for term in self.terms]).to(self._weights)
 
     def _corrupt(self, batch: Any, seed: int) -> Any:
         self._tokens += int(batch.target_lengths.sum())

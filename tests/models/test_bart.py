@@ -512,7 +512,7 @@ def test_a_tokenizer_without_a_mask_is_refused(tmp_path: Path) -> None:
         ({"dim": 16}, "load_bart: `dim` is determined by .*, 8, and cannot be changed"),
         ({"share_embeddings": False}, "`share_embeddings` is determined by .*, True"),
         ({"drop_out": 0.1}, "unknown key `drop_out`.*did you mean `dropout`"),
-        ({"model": "bert"}, "`model` must be one of autoregressive, cmlm, janus, nat"),
+        ({"model": "bert"}, "`model` must be one of autoregressive, cmlm, flowseq, janus, nat"),
     ],
 )
 def test_wrong_changes_are_refused(changes: dict, words: str, tmp_path: Path) -> None:

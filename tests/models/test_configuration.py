@@ -47,7 +47,7 @@ def test_a_bad_configuration_is_refused_by_name(model: str, changes: dict, words
 @pytest.mark.parametrize("name", [None, "transformer"])
 def test_an_unknown_model_is_refused_with_the_known_ones(name: str | None) -> None:
     fields = SIZES if name is None else {"model": name, **SIZES}
-    with pytest.raises(ValueError, match="one of autoregressive, cmlm, janus, nat, got"):
+    with pytest.raises(ValueError, match="one of autoregressive, cmlm, flowseq, janus, nat, got"):
         build(fields)
 
 

@@ -1,0 +1,219 @@
+"""Decoding through continuous latent variables (FlowSeq, Ma et al. 2019, section 3.5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pynar.decoding.autoregressive import length_limits
+from pynar.decoding.hypotheses import Hypotheses
+from pynar.models.flowseq import FlowSeq, fill_with_eos
+from pynar.nn.attention import padding_mask
+from pynar.nn.transformer import Memory
+from pynar.symbols import EOS, PAD
+
+__all__ = ["ImportanceWeighted", "LatentArgmax"]
+
+
+def _noise(
+    seed: int, names: Sequence[int], lengths: Tensor, samples: int, width: int, dim: int
+) -> Tensor:
+    """Standard normal noise `[B * n * r, T, C]`, drawn for each (seed, sentence, length, sample).
+
+    So it depends on neither the batch nor on how many candidates there are.
+    """
+    rows = np.zeros((*lengths.shape, samples, width, dim), dtype=np.float32)
+    for name, row, own in zip(names, rows, lengths.tolist(), strict=True):
+        for places, length in zip(row, own, strict=True):
+            for sample, place in enumerate(places):
+                generator = np.random.default_rng((seed, name, length, sample))
+                place[:length] = generator.standard_normal((length, dim), dtype=np.float32)
+    return torch.from_numpy(rows).flatten(0, 2).to(lengths.device)
+
+
+def _lengths(
+    model: FlowSeq, memory: Memory, candidates: int, ratio: float, extra: int
+) -> tuple[Tensor, Tensor]:
+    """The most probable lengths and their log-probabilities, `[B, n]`; all of them multiples."""
+    multiple = model.config.multiple
+    limits = length_limits(memory.lengths, ratio, extra, model.longest)
+    limits = (limits // multiple * multiple).clamp(min=multiple)
+    lengths, log_probs = model.length.predict(memory.states, memory.lengths, candidates, limits)
+    return (lengths.clamp(min=1) + multiple - 1) // multiple * multiple, log_probs
+
+
+def _choose(tokens: Tensor, scores: Tensor, n_best: int, passes: Tensor) -> Hypotheses:
+    """The best of `tokens: [B, n, T]`, each cut at its first EOS."""
+    best, order = scores.topk(min(n_best, scores.shape[1]), 1)
+    tokens = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
+    ended = ((tokens == EOS) | (tokens == PAD)).cumsum(2) > 0
+    lengths = (~ended).sum(2)
+    width = int(lengths.max()) if lengths.numel() else 0
+    return Hypotheses(tokens.masked_fill(ended, PAD)[..., :width], lengths, best, passes)
+
+
+@dataclass(frozen=True)
+class LatentArgmax:
+    """The most probable tokens of the latent variables' mode: noise 0 through the flow.
+
+    With several `samples` of noise from N(0, temperature^2), those that the prior finds most
+    probable. Scores are log p(z | x) without the constant of the normal distribution.
+    """
+
+    samples: int = 1
+    temperature: float = 0.3
+    seed: int = 0
+    max_ratio: float = 2.0
+    max_extra: int = 10
+
+    def __post_init__(self) -> None:
+        _check("LatentArgmax", self.seed, self.max_ratio, self.max_extra, samples=self.samples)
+        _check_temperature("LatentArgmax", self.temperature)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        model: FlowSeq,
+        source: Tensor,
+        source_lengths: Tensor,
+        *,
+        indices: Tensor | None = None,
+    ) -> Hypotheses:
+        """Decodes `source: [B, S]`; `indices` name the sentences, for the noise."""
+        memory = model.encode(source, source_lengths)
+        lengths, _ = _lengths(model, memory, 1, self.max_ratio, self.max_extra)
+        width = int(lengths.max()) if len(lengths) else 0
+        if self.samples == 1:
+            noise = torch.zeros(len(source), width, model.config.dim, device=source.device)
+        else:
+            names = range(len(source)) if indices is None else indices.tolist()
+            noise = _noise(self.seed, names, lengths, self.samples, width, model.config.dim)
+        z, scores = model.sample_prior(
+            noise * self.temperature, lengths.repeat_interleave(self.samples), memory
+        )
+        scores = scores.view(len(source), self.samples)
+        best = scores.argmax(1)
+        z = z.unflatten(0, scores.shape)[torch.arange(len(source)), best]
+        tokens = _tokens(model, z, lengths[:, 0], memory)
+        best_score = scores.gather(1, best[:, None])
+        return _choose(tokens[:, None], best_score, 1, torch.ones_like(source_lengths))
+
+
+@dataclass(frozen=True)
+class ImportanceWeighted:
+    """Importance weighted decoding (IWD): the candidate that the model itself finds most probable.
+
+    `samples` drafts at `temperature` for each of the `length_candidates` most probable lengths, the
+    first without noise, are scored by an estimate of log p(y | x) from `importance_samples` draws
+    of the posterior, plus the length's log-probability, over the length:
+
+    .. math:: \\log \\tfrac1K \\sum_k p(y | z_k, x) p(z_k | x) / q(z_k | x, y), \\quad z_k \\sim q
+    """
+
+    length_candidates: int = 3
+    samples: int = 5
+    importance_samples: int = 4
+    temperature: float = 0.3
+    n_best: int = 1
+    seed: int = 0
+    max_ratio: float = 2.0
+    max_extra: int = 10
+
+    def __post_init__(self) -> None:
+        _check(
+            "ImportanceWeighted",
+            self.seed,
+            self.max_ratio,
+            self.max_extra,
+            length_candidates=self.length_candidates,
+            samples=self.samples,
+            importance_samples=self.importance_samples,
+            n_best=self.n_best,
+        )
+        _check_temperature("ImportanceWeighted", self.temperature)
+        if self.n_best > self.length_candidates * self.samples:
+            raise ValueError(
+                "ImportanceWeighted: `n_best` must be at most `length_candidates` times `samples` "
+                f"({self.length_candidates * self.samples}), got {self.n_best}"
+            )
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        model: FlowSeq,
+        source: Tensor,
+        source_lengths: Tensor,
+        *,
+        indices: Tensor | None = None,
+    ) -> Hypotheses:
+        """As `LatentArgmax.decode`."""
+        memory = model.encode(source, source_lengths)
+        lengths, log_probs = _lengths(
+            model, memory, self.length_candidates, self.max_ratio, self.max_extra
+        )
+        sentences, width = len(source), int(lengths.max()) if len(source) else 0
+        names = range(sentences) if indices is None else indices.tolist()
+        dim = model.config.dim
+        noise = _noise(self.seed, names, lengths, self.samples, width, dim) * self.temperature
+        noise.unflatten(0, (-1, self.samples))[:, 0] = 0
+        rows = lengths.flatten().repeat_interleave(self.samples)
+        z, _ = model.sample_prior(noise, rows, memory)
+        tokens = _tokens(model, z, rows, memory)
+        scores = self._score(model, tokens, memory, names).view(sentences, -1)
+        prior = log_probs.repeat_interleave(self.samples, 1)
+        scores = (scores + prior) / lengths.repeat_interleave(self.samples, 1)
+        return _choose(
+            tokens.unflatten(0, scores.shape), scores, self.n_best, torch.ones_like(source_lengths)
+        )
+
+    def _score(
+        self, model: FlowSeq, tokens: Tensor, memory: Memory, names: Sequence[int]
+    ) -> Tensor:
+        """The estimate of log p(y | x) for `tokens: [B * n, T]`."""
+        ended = ((tokens == EOS) | (tokens == PAD)).cumsum(1) > 0
+        inputs, lengths = fill_with_eos(
+            tokens.masked_fill(ended, PAD), (~ended).sum(1), model.config.multiple
+        )
+        dim, k = model.config.dim, self.importance_samples
+        posterior = model.infer(inputs, lengths, memory)
+        # Other draws than those of the candidates.
+        per_sentence = lengths.view(len(names), -1)
+        noise = _noise(self.seed + 1, names, per_sentence, k, inputs.shape[1], dim)
+        live = padding_mask(lengths, inputs.shape[1])[:, 0, 0]
+        mean, log_variance = (
+            x.repeat_interleave(k, 0) for x in (posterior.mean, posterior.log_variance)
+        )
+        z = mean + noise * (0.5 * log_variance).exp()
+        log_q = -0.5 * (log_variance + noise.square()).sum((1, 2))
+        many, lives = lengths.repeat_interleave(k), live.repeat_interleave(k, 0)
+        states = model.decode_latent(z, many, memory, lives)
+        found = model.reconstruction(states, inputs.repeat_interleave(k, 0)[lives])
+        log_p = found.new_zeros(lives.shape).masked_scatter(lives, found).sum(1)
+        weights = log_p + model.log_prior(z, many, memory) - log_q
+        return weights.view(-1, k).logsumexp(1) - math.log(k)
+
+
+def _tokens(model: FlowSeq, z: Tensor, lengths: Tensor, memory: Memory) -> Tensor:
+    """The most probable tokens `[B * n, T]` of latent variables."""
+    live = padding_mask(lengths, z.shape[1])[:, 0, 0]
+    best, _, _ = model.best(model.decode_latent(z, lengths, memory, live))
+    return torch.full(live.shape, PAD, device=z.device).masked_scatter(live, best)
+
+
+def _check(name: str, seed: int, ratio: float, extra: float, **positive: int) -> None:
+    for field, value in positive.items():
+        if value < 1:
+            raise ValueError(f"{name}: `{field}` must be positive, got {value}")
+    for field, amount in (("seed", seed), ("max_ratio", ratio), ("max_extra", extra)):
+        if not amount >= 0:
+            raise ValueError(f"{name}: `{field}` must not be negative, got {amount}")
+
+
+def _check_temperature(name: str, temperature: float) -> None:
+    if not temperature >= 0:
+        raise ValueError(f"{name}: `temperature` must not be negative, got {temperature}")

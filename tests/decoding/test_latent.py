@@ -1,0 +1,159 @@
+"""Decoding through latent variables against the same formulas written out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from pynar.decoding import ImportanceWeighted, LatentArgmax
+from pynar.models import FlowSeq, build
+from pynar.models.flowseq import fill_with_eos
+from pynar.symbols import EOS, PAD
+
+SOURCE = torch.tensor([[7, 8, 9, 10, EOS], [11, 12, EOS, PAD, PAD], [6, 6, 7, EOS, PAD]])
+LENGTHS = torch.tensor([5, 3, 4])
+
+
+@pytest.fixture(scope="module")
+def model() -> FlowSeq:
+    torch.manual_seed(0)
+    sizes = {"source_vocabulary": 13, "target_vocabulary": 13, "dim": 16, "ffn_dim": 12, "heads": 2}
+    layers = {"encoder_layers": 1, "posterior_layers": 1, "decoder_layers": 1}
+    flow = {"flow_steps": [1, 1, 1], "flow_ffn_dim": 8, "max_length": 64}
+    made = build({"model": "flowseq", **sizes, **layers, **flow})
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    assert isinstance(made, FlowSeq)
+    return made.eval()
+
+
+def first_length(model: FlowSeq, row: int) -> int:
+    """The most probable multiple of 4 within the limit of the strategy."""
+    n = int(LENGTHS[row])
+    with torch.inference_mode():
+        memory = model.encode(SOURCE[row : row + 1, :n], LENGTHS[row : row + 1])
+        log_probs = model.length(memory.states, memory.lengths)[0]
+    limit = (2 * n + 10) // 4 * 4
+    possible = [(log_probs[t - n + 20].item(), t) for t in range(4, min(limit, n + 20) + 1, 4)]
+    return max(possible)[1]
+
+
+def cut(tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(EOS)] if EOS in tokens else tokens
+
+
+def test_argmax_is_the_mode_decoded(model: FlowSeq) -> None:
+    found = LatentArgmax().decode(model, SOURCE, LENGTHS)
+    for row in range(3):
+        n, length = int(LENGTHS[row]), torch.tensor([first_length(model, row)])
+        with torch.inference_mode():
+            memory = model.encode(SOURCE[row : row + 1, :n], LENGTHS[row : row + 1])
+            keys_values = model.prior.project(memory.states)
+            zero = torch.zeros(1, int(length), 16)
+            z, logdet = model.prior(zero, length, keys_values, memory.lengths, inverse=True)
+            tokens = model.log_probs(model.decode_latent(z, length, memory)).argmax(-1)[0]
+        assert found.lists()[row][0] == cut(tokens.tolist())
+        torch.testing.assert_close(found.scores[row, 0], -logdet[0], rtol=1e-4, atol=1e-4)
+    assert found.passes.tolist() == [1, 1, 1]
+
+
+def test_of_several_samples_the_most_probable_is_taken(model: FlowSeq) -> None:
+    one = LatentArgmax(samples=1).decode(model, SOURCE, LENGTHS)
+    few = LatentArgmax(samples=2, temperature=0.5, seed=3).decode(model, SOURCE, LENGTHS)
+    many = LatentArgmax(samples=9, temperature=0.5, seed=3).decode(model, SOURCE, LENGTHS)
+    assert (many.scores >= few.scores - 1e-5).all() and (many.scores > few.scores + 1e-3).any()
+    assert (
+        LatentArgmax(samples=4, temperature=0.0).decode(model, SOURCE, LENGTHS).lists()
+        == one.lists()
+    )
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        LatentArgmax(),
+        LatentArgmax(samples=3, temperature=0.7),
+        ImportanceWeighted(length_candidates=2, samples=2, importance_samples=2, n_best=3),
+    ],
+)
+def test_batch_mates_change_nothing(
+    model: FlowSeq, strategy: LatentArgmax | ImportanceWeighted
+) -> None:
+    names = torch.tensor([4, 2, 9])
+    together = strategy.decode(model, SOURCE, LENGTHS, indices=names)
+    for row in range(3):
+        n = int(LENGTHS[row])
+        one = slice(row, row + 1)
+        single = strategy.decode(model, SOURCE[one, :n], LENGTHS[one], indices=names[one])
+        assert single.lists()[0] == together.lists()[row]
+        torch.testing.assert_close(single.scores[0], together.scores[row], rtol=1e-4, atol=1e-4)
+
+
+def importance(model: FlowSeq, row: int, tokens: list[int], noise: Tensor) -> float:
+    """log of the mean of p(y | z) p(z) / q(z | y), by torch.distributions."""
+    n = int(LENGTHS[row])
+    memory = model.encode(SOURCE[row : row + 1, :n], LENGTHS[row : row + 1])
+    filled, length = fill_with_eos(torch.tensor([tokens or [PAD]]), torch.tensor([len(tokens)]), 4)
+    posterior = model.infer(filled, length, memory)
+    q = Normal(posterior.mean[0], (posterior.log_variance[0] / 2).exp())
+    weights = []
+    for draw in noise:
+        z = q.mean + q.stddev * draw[: int(length)]
+        keys_values = model.prior.project(memory.states)
+        eps, logdet = model.prior(z[None], length, keys_values, memory.lengths)
+        log_p = Normal(0.0, 1.0).log_prob(eps).sum() + logdet[0]
+        probs = model.log_probs(model.decode_latent(z[None], length, memory))[0]
+        y = probs.gather(1, filled[0][:, None]).sum()
+        weights.append(y + log_p - q.log_prob(z).sum())
+    return torch.stack(weights).logsumexp(0).item() - math.log(len(weights))
+
+
+def test_importance_weights_by_hand(model: FlowSeq) -> None:
+    strategy = ImportanceWeighted(length_candidates=1, samples=1, importance_samples=3, seed=5)
+    found = strategy.decode(model, SOURCE, LENGTHS)
+    # One noise-free draft of the most probable length: the tokens of argmax.
+    assert found.lists() == LatentArgmax().decode(model, SOURCE, LENGTHS).lists()
+    for row in range(3):
+        n, tokens, length = int(LENGTHS[row]), found.lists()[row][0], first_length(model, row)
+        filled = max(-(-len(tokens) // 4) * 4, 4)
+        draws = [
+            np.random.default_rng((6, row, filled, k)).standard_normal(
+                (filled, 16), dtype=np.float32
+            )
+            for k in range(3)
+        ]
+        with torch.inference_mode():
+            memory = model.encode(SOURCE[row : row + 1, :n], LENGTHS[row : row + 1])
+            prior = model.length(memory.states, memory.lengths)[0, length - n + 20].item()
+            want = importance(model, row, tokens, torch.from_numpy(np.stack(draws)))
+        torch.testing.assert_close(
+            found.scores[row, 0].item(), (want + prior) / length, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_frozen_translates_alike(model: FlowSeq) -> None:
+    for strategy in (LatentArgmax(), ImportanceWeighted(length_candidates=2, samples=2)):
+        free = strategy.decode(model, SOURCE, LENGTHS)
+        frozen = strategy.decode(model.freeze(), SOURCE, LENGTHS)
+        assert frozen.lists() == free.lists()
+        torch.testing.assert_close(frozen.scores, free.scores, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LatentArgmax(samples=0), "`samples` must be positive, got 0"),
+        (lambda: LatentArgmax(temperature=-1.0), "`temperature` must not be negative"),
+        (lambda: ImportanceWeighted(n_best=16), "`n_best` must be at most"),
+        (lambda: ImportanceWeighted(seed=-1), "`seed` must not be negative"),
+    ],
+)
+def test_options_that_cannot_be(make, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,209 @@
+"""FlowSeq's objective against torch.distributions, and its phases."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import make_batch
+from torch import Tensor
+from torch.distributions import Normal
+
+from pynar.data.batching import Batch, collate
+from pynar.models import FlowSeq, build
+from pynar.models.flowseq import FlowSeqExample, fill_with_eos
+from pynar.nn.flows import Coupling
+from pynar.symbols import EOS, PAD
+
+SIZES = {
+    "source_vocabulary": 13,
+    "target_vocabulary": 13,
+    "dim": 16,
+    "ffn_dim": 12,
+    "heads": 2,
+    "encoder_layers": 1,
+    "posterior_layers": 1,
+    "decoder_layers": 1,
+    "flow_steps": [1, 1, 1],
+    "flow_ffn_dim": 8,
+    "dropout": 0.0,
+    "max_length": 64,
+    "posterior_updates": 3,
+    "kl_warmup_updates": 4,
+}
+
+
+def make_model(**changes: Any) -> FlowSeq:
+    torch.manual_seed(0)
+    model = build({"model": "flowseq", **SIZES, **changes})
+    assert isinstance(model, FlowSeq)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.double().eval()
+
+
+def make_example(model: FlowSeq, batch: Batch) -> FlowSeqExample:
+    example = model.corrupt(batch, torch.Generator().manual_seed(2))
+    return dataclasses.replace(example, noise=example.noise.double())
+
+
+def alone(example: FlowSeqExample, row: int) -> FlowSeqExample:
+    batch, one = example.batch, slice(row, row + 1)
+    source, target = int(batch.source_lengths[row]), int(batch.target_lengths[row])
+    width = slice(0, int(example.lengths[row]))
+    part = Batch(
+        batch.source[one, :source],
+        batch.source_lengths[one],
+        batch.target[one, :target],
+        batch.target_lengths[one],
+        batch.indices[one],
+    )
+    tokens = example.inputs[one, width]
+    noise = example.noise[one, width]
+    return FlowSeqExample(
+        part, tokens, tokens, {}, example.lengths[one], example.kept[one, width], noise
+    )
+
+
+def test_targets_are_filled_to_a_multiple_by_hand() -> None:
+    target = torch.tensor([[7, 8, 9, 10, 11], [7, 8, 9, 10, PAD], [PAD] * 5])
+    tokens, lengths = fill_with_eos(target, torch.tensor([5, 4, 0]), 4)
+    assert lengths.tolist() == [8, 4, 4]
+    assert tokens.tolist() == [
+        [7, 8, 9, 10, 11, EOS, EOS, EOS],
+        [7, 8, 9, 10, PAD, PAD, PAD, PAD],
+        [EOS, EOS, EOS, EOS, PAD, PAD, PAD, PAD],
+    ]
+
+
+def test_losses_are_those_of_the_paper() -> None:
+    model, batch = make_model(), make_batch()
+    example = make_example(model, batch)
+    losses = model(example)
+    want = {"token": 0.0, "kl": 0.0, "length": 0.0}
+    for row in range(len(batch)):
+        one = alone(example, row)
+        memory = model.encode(one.batch.source, one.batch.source_lengths)
+        posterior = model.infer(one.inputs, one.lengths, memory)
+        q = Normal(posterior.mean, (posterior.log_variance / 2).exp())
+        z = q.mean + q.stddev * one.noise
+        noise, logdet = model.prior(
+            z, one.lengths, model.prior.project(memory.states), memory.lengths
+        )
+        log_p = Normal(0.0, 1.0).log_prob(noise).sum() + logdet[0]
+        want["kl"] += (q.log_prob(z).sum() - log_p).item()
+        logits = model.logits(model.decode_latent(z, one.lengths, memory))
+        want["token"] += F.cross_entropy(logits[0], one.labels[0], reduction="sum").item()
+        log_probs = model.length(memory.states, memory.lengths)[0]
+        # Lengths S - 20 ... S + 20, of which only multiples of 4 are possible.
+        index = int(one.lengths[0]) - (int(memory.lengths[0]) - 20)
+        assert log_probs.isfinite().nonzero().flatten().tolist() == [
+            i for i in range(41) if (n := int(memory.lengths[0]) - 20 + i) > 0 and n % 4 == 0
+        ]
+        want["length"] -= log_probs[index].item()
+    for term, value in want.items():
+        torch.testing.assert_close(losses[term].item(), value, msg=term)
+    live = int(example.lengths.sum())
+    assert {k: int(v) for k, v in example.counts.items()} == {
+        "token": live,
+        "kl": live,
+        "length": len(batch),
+    }
+
+
+def test_the_score_of_a_sample_is_that_of_encoding_it_again() -> None:
+    model, batch = make_model(), make_batch()
+    example = make_example(model, batch)
+    memory = model.encode(batch.source, batch.source_lengths)
+    z, score = model.sample_prior(example.noise, example.lengths, memory)
+    torch.testing.assert_close(model.log_prior(z, example.lengths, memory), score)
+
+
+def test_tokens_are_hidden_from_the_posterior_whole() -> None:
+    model, batch = make_model(), make_batch()
+    example = make_example(model, batch)
+    memory = model.encode(batch.source, batch.source_lengths)
+    other = torch.where(example.inputs > EOS, 6, example.inputs)
+    none = torch.zeros_like(example.kept)
+
+    def mean(tokens: Tensor, kept: Tensor | None) -> Tensor:
+        return model.infer(tokens, example.lengths, memory, kept).mean
+
+    torch.testing.assert_close(mean(example.inputs, none), mean(other, none))
+    assert not torch.allclose(mean(example.inputs, None), mean(other, None))
+    one = none.clone()
+    one[0, 1] = True
+    assert not torch.allclose(mean(example.inputs, one), mean(example.inputs, none))
+    # Hidden in training alone.
+    hidden = dataclasses.replace(example, kept=none)
+    torch.testing.assert_close(model(hidden)["kl"], model(example)["kl"])
+    model.train()
+    assert not torch.allclose(model(hidden)["kl"], model(example)["kl"])
+
+
+def test_the_prior_takes_part_after_the_first_phase() -> None:
+    model = make_model().train()
+    weights = [model.weights_at(update)["kl"] for update in (1, 3, 4, 5, 7, 8, 100)]
+    assert weights == [0, 0, 0.25, 0.5, 1, 1, 1]
+    batch = make_batch()
+    generator = torch.Generator()
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        sum(model(make_example(model, batch)).values()).backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    assert not model.begin_update(2, batch, generator)
+    found = gradients()
+    assert all(grad is not None for grad in found.values())
+    assert not any(grad.any() for name, grad in found.items() if name.startswith("prior."))
+    before = model.prior.state_dict()["key_value_weight"].clone()
+    coupling = next(m for m in model.prior.modules() if isinstance(m, Coupling))
+    assert coupling.net.output.gain.any()
+    model.float()  # as the noise that is drawn
+    assert model.begin_update(4, batch, generator) and model.training
+    assert not coupling.net.output.gain.any()
+    torch.testing.assert_close(model.prior.key_value_weight.double(), before, rtol=1e-6, atol=1e-6)
+    model.double()
+    found = gradients()
+    gains = [g for name, g in found.items() if name.endswith("output.gain") and "prior" in name]
+    assert gains and all(g.any() for g in gains)
+    assert not model.begin_update(5, batch, generator)
+
+
+@pytest.mark.parametrize("std", [0.0, 0.05])
+def test_how_the_posterior_begins(std: float) -> None:
+    torch.manual_seed(0)
+    model = build({"model": "flowseq", **SIZES, "posterior_std": std}).train()
+    batch = collate([([6, 7, 8] * 3, [9, 10, 11, 12])] * 40, range(40))
+    generator = torch.Generator().manual_seed(0)
+    assert model.begin_update(1, batch, generator) == (std > 0)
+    model.eval()
+    example = model.corrupt(batch, generator)
+    memory = model.encode(batch.source, batch.source_lengths)
+    posterior = model.infer(example.inputs, example.lengths, memory)
+    for head in (posterior.mean, posterior.log_variance):
+        rows = head[0] if std else head
+        if std:
+            torch.testing.assert_close(rows.std(0, correction=0), torch.full((16,), std))
+        else:
+            assert not rows.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"flow_steps": [1, 0]}, "`flow_steps`"),
+        ({"posterior_layers": 0}, "`posterior_layers`"),
+        ({"token_dropout": 1.0}, "`token_dropout`"),
+        ({"dim": 12, "heads": 2}, "multiple of 8"),
+        ({"kl_warmup_updates": -1}, "`kl_warmup_updates`"),
+    ],
+)
+def test_settings_that_cannot_be(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model(**change)

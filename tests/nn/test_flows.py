@@ -1,0 +1,195 @@
+"""The flow against its autograd Jacobian, its own inverse, and itself in other batches."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pynar.nn.flows import ActNorm, ActNormLinear, Coupling, Flow, WeightNormLinear
+
+DIM, SOURCE = 16, 12
+LENGTHS = torch.tensor([8, 4])
+SOURCE_LENGTHS = torch.tensor([5, 3])
+
+
+def make_flow(**changes: object) -> Flow:
+    torch.manual_seed(0)
+    options = {"hidden": 8, "heads": 2, "steps": (1, 1, 1)} | changes
+    flow = Flow(DIM, SOURCE, **options).double()  # type: ignore[arg-type]
+    with torch.no_grad():
+        for module in flow.modules():
+            if isinstance(module, WeightNormLinear):
+                module.gain.uniform_(0.2, 0.6)
+                module.bias.normal_(std=0.3)
+    return flow
+
+
+def make_inputs() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(2, 8, DIM).double(), torch.randn(2, 5, SOURCE).double()
+
+
+def run(
+    flow: Flow, z: Tensor, lengths: Tensor, source: Tensor, **options: bool
+) -> tuple[Tensor, Tensor]:
+    return flow(z, lengths, flow.project(source), SOURCE_LENGTHS[: len(source)], **options)
+
+
+def live(lengths: Tensor, width: int) -> Tensor:
+    return torch.arange(width) < lengths[:, None]
+
+
+@pytest.mark.parametrize("steps", [(1,), (2, 1), (1, 1, 1)])
+@pytest.mark.parametrize("position_attention", [True, False])
+def test_sampling_undoes_encoding_and_pads_are_zero(
+    steps: tuple[int, ...], position_attention: bool
+) -> None:
+    flow, (z, source) = make_flow(steps=steps, position_attention=position_attention), make_inputs()
+    noise, logdet = run(flow, z, LENGTHS, source)
+    assert noise.shape == z.shape
+    assert not noise[~live(LENGTHS, 8)].any() and (noise[live(LENGTHS, 8)] != 0).all()
+    back, negative = run(flow, noise, LENGTHS, source, inverse=True)
+    torch.testing.assert_close(back, z * live(LENGTHS, 8)[..., None])
+    torch.testing.assert_close(negative, -logdet)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_log_determinant_is_that_of_the_jacobian(inverse: bool) -> None:
+    flow, (z, source) = make_flow(), make_inputs()
+    for row in range(2):
+        one, length = slice(row, row + 1), int(LENGTHS[row])
+        rest = torch.tensor([length]), flow.project(source[one]), SOURCE_LENGTHS[one]
+        call = functools.partial(_called, flow, rest, inverse)
+        x = z[one, :length]
+        jacobian = torch.autograd.functional.jacobian(lambda x, call=call: call(x)[0], x)
+        matrix = jacobian.view(length * DIM, length * DIM)
+        torch.testing.assert_close(call(x)[1][0], torch.linalg.slogdet(matrix)[1])
+
+
+def _called(flow: Flow, rest: tuple, inverse: bool, x: Tensor) -> tuple[Tensor, Tensor]:
+    return flow(x, *rest, inverse=inverse)
+
+
+def test_batch_mates_padding_and_nan_change_nothing() -> None:
+    flow, (z, source) = make_flow(), make_inputs()
+    noise, logdet = run(flow, z, LENGTHS, source)
+    dirty, dirty_source = z.clone(), source.clone()
+    dirty[1, 4:] = math.nan
+    dirty_source[1, 3:] = math.nan
+    again, logdet_again = run(flow, dirty, LENGTHS, dirty_source)
+    torch.testing.assert_close(again, noise, rtol=0, atol=0)
+    torch.testing.assert_close(logdet_again, logdet, rtol=0, atol=0)
+    keys_values = flow.project(source[1:, :3])
+    alone, logdet_alone = flow(z[1:, :4], LENGTHS[1:], keys_values, SOURCE_LENGTHS[1:])
+    torch.testing.assert_close(alone[0], noise[1, :4])
+    torch.testing.assert_close(logdet_alone[0], logdet[1])
+
+
+def test_candidates_share_their_source() -> None:
+    flow, (_, source) = make_flow(), make_inputs()
+    torch.manual_seed(2)
+    noise = torch.randn(6, 8, DIM).double()
+    lengths = torch.tensor([8, 4, 8, 4, 8, 8])
+    shared, logdet = run(flow, noise, lengths, source, inverse=True)
+    repeated = flow.project(source.repeat_interleave(3, 0))
+    each, logdet_each = flow(
+        noise, lengths, repeated, SOURCE_LENGTHS.repeat_interleave(3), inverse=True
+    )
+    torch.testing.assert_close(shared, each)
+    torch.testing.assert_close(logdet, logdet_each)
+
+
+def test_the_source_matters_and_every_parameter_has_a_gradient() -> None:
+    flow, (z, source) = make_flow(), make_inputs()
+    noise, logdet = run(flow, z, LENGTHS, source)
+    assert not torch.allclose(noise, run(flow, z, LENGTHS, source + 1)[0])
+    (noise.square().sum() - logdet.sum()).backward()
+    for name, parameter in flow.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_gradients_in_float64() -> None:
+    flow, (z, source) = make_flow(steps=(1, 1)), make_inputs()
+
+    inputs = z[1:, :4].requires_grad_(), source[1:, :3].requires_grad_()
+    short = torch.tensor([3])
+    flow_source = flow.project(inputs[1])
+    assert len(flow_source) == sum(isinstance(m, Coupling) for m in flow.modules())
+    assert torch.autograd.gradcheck(
+        lambda x, y: flow(x, LENGTHS[1:], flow.project(y), short), inputs, fast_mode=True
+    )
+
+
+def test_initialisation_gives_live_steps_mean_0_and_variance_1() -> None:
+    flow, (z, source) = make_flow(), make_inputs()
+    torch.manual_seed(3)
+    lengths = torch.tensor([8, 4] * 32)
+    z = 3 + 2 * torch.randn(64, 8, DIM).double()
+    keys_values = flow.project(source)
+    flow.initialise(z, lengths, keys_values, SOURCE_LENGTHS)
+    seen = []
+
+    def check(module: ActNorm, arguments: tuple, output: tuple[Tensor, Tensor]) -> None:
+        x, context = arguments
+        y = output[0]
+        if isinstance(module, ActNormLinear):  # without its matrix
+            y = x * module.log_scale.exp() + module.bias
+        rows = y[live(context.whole.lengths, y.shape[1])]
+        torch.testing.assert_close(rows.mean(0), torch.zeros(DIM).double(), rtol=0, atol=1e-9)
+        torch.testing.assert_close(rows.std(0, correction=0), torch.ones(DIM).double())
+        seen.append(module)
+
+    handles = [m.register_forward_hook(check) for m in flow.modules() if isinstance(m, ActNorm)]
+    flow(z, lengths, keys_values, SOURCE_LENGTHS)
+    assert len(seen) == len(handles) > 10
+    # Networks are silent, so what is left are the affine maps and sigmoid(2) for each coupling.
+    one = next(m for m in flow.modules() if isinstance(m, Coupling))
+    assert not one.net.output.weight.any()
+
+
+def test_initialisation_with_a_single_step_of_a_single_sentence() -> None:
+    flow, (z, source) = make_flow(), make_inputs()
+    keys_values = flow.project(source[:1])
+    flow.initialise(z[:1, :4], torch.tensor([4]), keys_values, SOURCE_LENGTHS[:1])
+    noise, logdet = flow(z[:1, :4], torch.tensor([4]), keys_values, SOURCE_LENGTHS[:1])
+    assert noise.isfinite().all() and logdet.isfinite().all()
+
+
+def test_the_shape_of_the_published_flow() -> None:
+    """The 48 + 48 + 16 couplings of section 4, and the other kinds beside (facts of the code)."""
+    flow = Flow(256, 256, hidden=512, heads=8)
+    counts = [sum(isinstance(m, Coupling) for m in level) for level in flow.levels]
+    assert counts == [48 + 2 + 1, 48 + 2 + 1, 16 + 2]
+    matrices = [m for m in flow.modules() if isinstance(m, ActNormLinear)]
+    assert len(matrices) == 20 and matrices[0].weight.shape == (32, 32)
+
+
+def test_weight_norm_fits_its_outputs() -> None:
+    torch.manual_seed(0)
+    linear, x = WeightNormLinear(6, 4), 5 + 3 * torch.randn(500, 6)
+    linear.fit(x, 0.05)
+    y = linear(x)
+    torch.testing.assert_close(y.mean(0), torch.zeros(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(y.std(0, correction=0), torch.full((4,), 0.05))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": ()}, "`steps` must be positive"),
+        ({"heads": 3}, "multiple of `heads`"),
+    ],
+)
+def test_settings_that_cannot_be(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Flow(DIM, SOURCE, **({"hidden": 8, "heads": 2} | change))
+
+
+def test_a_width_that_cannot_be_squeezed() -> None:
+    flow, (z, source) = make_flow(), make_inputs()
+    with pytest.raises(ValueError, match=r"multiple of 4 steps, got 6"):
+        run(flow, z[:, :6], torch.tensor([4, 4]), source)
