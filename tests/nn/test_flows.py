@@ -60,14 +60,13 @@ def test_sampling_undoes_encoding_and_pads_are_zero(
 @pytest.mark.parametrize("inverse", [False, True])
 def test_the_log_determinant_is_that_of_the_jacobian(inverse: bool) -> None:
     flow, (z, source) = make_flow(), make_inputs()
-    for row in range(2):
-        one, length = slice(row, row + 1), int(LENGTHS[row])
-        rest = torch.tensor([length]), flow.project(source[one]), SOURCE_LENGTHS[one]
-        call = functools.partial(_called, flow, rest, inverse)
-        x = z[one, :length]
-        jacobian = torch.autograd.functional.jacobian(lambda x, call=call: call(x)[0], x)
-        matrix = jacobian.view(length * DIM, length * DIM)
-        torch.testing.assert_close(call(x)[1][0], torch.linalg.slogdet(matrix)[1])
+    one, length = slice(1, 2), int(LENGTHS[1])
+    rest = LENGTHS[one], flow.project(source[one]), SOURCE_LENGTHS[one]
+    call = functools.partial(_called, flow, rest, inverse)
+    x = z[one, :length]
+    jacobian = torch.autograd.functional.jacobian(lambda x: call(x)[0], x)
+    matrix = jacobian.view(length * DIM, length * DIM)
+    torch.testing.assert_close(call(x)[1][0], torch.linalg.slogdet(matrix)[1])
 
 
 def _called(flow: Flow, rest: tuple, inverse: bool, x: Tensor) -> tuple[Tensor, Tensor]:
