@@ -1,5 +1,12 @@
-// A Transformer layer: packed_linear and interval_attention one after the other, without a way back
-// to Python between them.
+// A Transformer layer, packed_linear and interval_attention one after the other without a way back
+// to Python between them. With norms its sub-layers f do h <- LayerNorm(h + f(h)), else
+// h <- h + f((h - mean(h)) / sqrt(var(h) + eps)):
+//
+//   self-attention    weights 0 [3 C, C] and 1 [C, C], among the first `content` rows of x [N, C]
+//   cross-attention   weights 2 and 3 [C, C], to keys and values [S, H, D]; only where those are
+//   feed-forward      the last two weights, [F, C] and [C, F]
+//
+// y [M, C] are the `chosen` rows [M], or all N of them.
 #include <algorithm>
 #include <initializer_list>
 #include <memory>

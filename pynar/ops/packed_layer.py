@@ -65,7 +65,7 @@ def packed_layer(
 
     They are calls of :func:`packed_linear` and :func:`interval_attention` with all their
     properties, to the last bit: nothing depends on batch mates or threads. What is saved are the
-    ways back to Python, a third of the time of a short sentence. Not differentiable.
+    ways back to Python between them. Not differentiable.
 
     Args:
         x: `[N, C]`, float32: the rows of all sentences, without padding.
