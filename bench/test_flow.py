@@ -215,8 +215,8 @@ def test_one_operator(
         arguments=(x, lengths, *parameters),
         reference=defined,
         bytes_moved=moved * x.numel() * x.element_size(),
-        # Sums over thousands of terms.
-        limits={"rtol": 1e-3, "atol": 2e-2} if dtype == torch.float32 else None,
+        # Log-determinants are sums of thousands of terms.
+        limits={"rtol": 1e-3 if dtype == torch.float32 else 1.6e-2, "atol": 2e-2},
     )
     functions = {"pynar": lambda: ours, "reference": lambda: defined}
     function = functions.get(implementation, lambda: compiled(defined))()

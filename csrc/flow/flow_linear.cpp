@@ -87,33 +87,53 @@ inline void multiply_some(const A* in, const FlowStep<A>& step, Head head, int64
   }
 }
 
+// The sums of the lanes of each vector.
+template <typename A, int kCount>
+inline void reduce_each(const Simd<A> (&x)[kCount], A (&out)[kCount]) {
+  for (int i = 0; i < kCount; ++i) out[i] = reduce_add(x[i]);
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline void reduce_each(const Simd<float> (&x)[8], float (&out)[8]) {
+  const auto four = [&](int i) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(x[i].v, x[i + 1].v),
+                          _mm256_hadd_ps(x[i + 2].v, x[i + 3].v));
+  };
+  const __m256 first = four(0);
+  const __m256 second = four(4);
+  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20),
+                                      _mm256_permute2f128_ps(first, second, 0x31)));
+}
+#endif
+
 template <typename A, int kRows, int kColumns>
 inline void add_some(const A* grad, const A* in, const FlowStep<A>& step, int64_t i, int64_t j,
                      A* grad_weight) {
   using Vector = Simd<A>;
-  Vector sum[kRows][kColumns];
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) sum[r][c] = Vector::broadcast(0);
-  }
+  const int64_t apart = (step.strided ? step.heads : 1) * kFlowRows;
+  const int64_t next_head = (step.strided ? 1 : step.dim) * kFlowRows;
+  const A* g = grad + i * apart;
+  const A* x = in + j * apart;
+  Vector sum[kRows * kColumns];
+  for (int e = 0; e < kRows * kColumns; ++e) sum[e] = Vector::broadcast(0);
   for (int64_t h = 0; h < step.heads; ++h) {
-    const Head head = head_of(step, h);
-    const A* g = grad + (head.first + i * head.apart) * kFlowRows;
-    const A* x = in + (head.first + j * head.apart) * kFlowRows;
-    const int64_t apart = head.apart * kFlowRows;
     for (int v = 0; v < kFlowRows; v += Vector::kLanes) {
       Vector channel[kColumns];
       for (int c = 0; c < kColumns; ++c) channel[c] = Vector::load(x + c * apart + v);
       for (int r = 0; r < kRows; ++r) {
         const Vector gradient = Vector::load(g + r * apart + v);
         for (int c = 0; c < kColumns; ++c) {
-          sum[r][c] = multiply_add(gradient, channel[c], sum[r][c]);
+          sum[r * kColumns + c] = multiply_add(gradient, channel[c], sum[r * kColumns + c]);
         }
       }
     }
+    g += next_head;
+    x += next_head;
   }
+  A total[kRows * kColumns];
+  reduce_each(sum, total);
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c) {
-      grad_weight[(i + r) * step.dim + j + c] += reduce_add(sum[r][c]);
+      grad_weight[(i + r) * step.dim + j + c] += total[r * kColumns + c];
     }
   }
 }
