@@ -28,7 +28,6 @@ struct Math {
 template <typename A, int kHeads>
 struct BlockSums {
   A sum[kHeads];
-  A total[kHeads];
   A moment[kHeads][kHeads];
 };
 
@@ -40,11 +39,10 @@ BlockSums<accumulation_t<T>, kHeads> sum_vectors(const T* const (&logits)[kHeads
   const Vector log2e = Vector::broadcast(kLog2E<A>);
   Vector shift[kHeads];
   Vector sum[kHeads];
-  Vector total[kHeads];
   Vector moment[kHeads][kHeads];
   for (int h = 0; h < kHeads; ++h) {
     shift[h] = Vector::broadcast(shifts[h]);
-    sum[h] = total[h] = Vector::broadcast(0);
+    sum[h] = Vector::broadcast(0);
     for (int g = 0; g < kHeads; ++g) moment[h][g] = Vector::broadcast(0);
   }
   for (int64_t v = 0; v < size; v += Vector::kLanes) {
@@ -52,7 +50,6 @@ BlockSums<accumulation_t<T>, kHeads> sum_vectors(const T* const (&logits)[kHeads
     Vector e[kHeads];
     for (int h = 0; h < kHeads; ++h) {
       const Vector x = Vector::load(logits[h] + v);
-      total[h] = add(total[h], x);
       d[h] = sub(x, shift[h]);
       e[h] = exp2<kPrecision>(mul(d[h], log2e));
       sum[h] = add(sum[h], e[h]);
@@ -68,39 +65,56 @@ BlockSums<accumulation_t<T>, kHeads> sum_vectors(const T* const (&logits)[kHeads
   BlockSums<A, kHeads> sums;
   for (int h = 0; h < kHeads; ++h) {
     sums.sum[h] = reduce_add(sum[h]);
-    sums.total[h] = reduce_add(total[h]);
     for (int g = 0; g < kHeads; ++g) sums.moment[h][g] = reduce_add(moment[h][g]);
   }
   return sums;
 }
 
+// The greatest of a block's logits, and the sum of those in whole vectors: here the registers are
+// free for it.
+template <typename A>
+struct BlockScan {
+  A greatest;
+  A total;
+};
+
 template <typename T>
-accumulation_t<T> greatest(const T* x, int64_t size) {
+BlockScan<accumulation_t<T>> scan(const T* x, int64_t size) {
   using A = accumulation_t<T>;
   using Vector = Simd<A>;
-  Vector lanes[4];
-  for (int i = 0; i < 4; ++i) lanes[i] = Vector::broadcast(-static_cast<A>(__builtin_huge_val()));
+  Vector greatest[4];
+  Vector total[4];
+  for (int i = 0; i < 4; ++i) {
+    greatest[i] = Vector::broadcast(-static_cast<A>(__builtin_huge_val()));
+    total[i] = Vector::broadcast(0);
+  }
   int64_t v = 0;
   for (; v + 4 * Vector::kLanes <= size; v += 4 * Vector::kLanes) {
-    for (int i = 0; i < 4; ++i) lanes[i] = max(Vector::load(x + v + i * Vector::kLanes), lanes[i]);
+    for (int i = 0; i < 4; ++i) {
+      const Vector some = Vector::load(x + v + i * Vector::kLanes);
+      greatest[i] = max(some, greatest[i]);
+      total[i] = add(total[i], some);
+    }
   }
   for (; v + Vector::kLanes <= size; v += Vector::kLanes) {
-    lanes[0] = max(Vector::load(x + v), lanes[0]);
+    greatest[0] = max(Vector::load(x + v), greatest[0]);
+    total[0] = add(total[0], Vector::load(x + v));
   }
-  A to = reduce_max(max(max(lanes[0], lanes[1]), max(lanes[2], lanes[3])));
+  A to = reduce_max(max(max(greatest[0], greatest[1]), max(greatest[2], greatest[3])));
   for (; v < size; ++v) {
     const A value = to_accumulation(x[v]);
     to = value > to ? value : to;
   }
-  return to;
+  return {to, reduce_add(add(add(total[0], total[1]), add(total[2], total[3])))};
 }
 
 // The sums of a row so far, the same for all element types.
 template <typename A, int kHeads>
 class RowSums {
  public:
-  [[gnu::noinline]] void raise_max(int h, A to) {
-    if (to > sums_.max[h]) sums_.raise_max(h, to);
+  [[gnu::noinline]] void add(int h, const BlockScan<A>& block) {
+    if (block.greatest > sums_.max[h]) sums_.raise_max(h, block.greatest);
+    sums_.total[h] += block.total;
   }
 
   A shift(int h) const { return static_cast<A>(sums_.shift(h)); }
@@ -113,7 +127,6 @@ class RowSums {
       if (sums_.max[h] > sums_.lowest() || block.sum[h] != block.sum[h]) {
         sums_.sum[h] += block.sum[h];
       }
-      sums_.total[h] += block.total[h];
       for (int g = 0; g < kHeads; ++g) {
         finite = finite && block.moment[h][g] - block.moment[h][g] == 0;
       }
@@ -169,7 +182,7 @@ void sum_row(const DivergenceParams<T>& p, int64_t first, int64_t row) {
     A shift[kHeads];
     for (int h = 0; h < kHeads; ++h) {
       logits[h] = p.logits[first + h] + row * p.logits_stride[first + h] + v;
-      sums.raise_max(h, greatest(logits[h], size));
+      sums.add(h, scan(logits[h], size));
     }
     for (int h = 0; h < kHeads; ++h) shift[h] = sums.shift(h);
     const bool finite = sums.add(sum_vectors<kPrecision>(logits, vectors, shift));
