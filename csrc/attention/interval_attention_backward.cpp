@@ -241,8 +241,9 @@ class AttendBackward {
   void run(const AttentionBackwardTile<T>& tile) {
     const int64_t rows = tile.rows;
     const int64_t width = blocks_.width();
-    pack_rows(tile.q, tile.q_stride, rows, k_.rows, k_.dim, blocks_.q(), width);
-    pack_rows(tile.grad_out, tile.grad_out_stride, rows, k_.rows, k_.dim, blocks_.grad_out(),
+    const int64_t capacity = round_up(rows, kBlockRows);
+    pack_rows(tile.q, tile.q_stride, rows, capacity, k_.dim, blocks_.q(), width);
+    pack_rows(tile.grad_out, tile.grad_out_stride, rows, capacity, k_.dim, blocks_.grad_out(),
               width);
     const RowBlock* block = tile.blocks;
     for (int64_t r = 0; r < rows; r += kBlockRows, block += tile.block_step) {
