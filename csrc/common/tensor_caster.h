@@ -55,7 +55,7 @@ template <>
 struct type_caster<pynar::Tensor> {
   PYBIND11_TYPE_CASTER(pynar::Tensor, const_name("Tensor"));
 
-  bool load(handle source, bool) {
+  [[gnu::noinline]] bool load(handle source, bool) {
     const pynar::dlpack::ExchangeApi* api = pynar::exchange_api(Py_TYPE(source.ptr()));
     if (api == nullptr) return load_capsule(source);
     pynar::dlpack::Array array;
@@ -127,7 +127,7 @@ template <>
 struct type_caster<std::optional<pynar::Tensor>> {
   PYBIND11_TYPE_CASTER(std::optional<pynar::Tensor>, const_name("Tensor | None"));
 
-  bool load(handle source, bool convert) {
+  [[gnu::noinline]] bool load(handle source, bool convert) {
     if (source.is_none()) return true;
     if (!tensor_.load(source, convert)) return false;
     value = cast_op<pynar::Tensor&>(tensor_);
@@ -143,7 +143,7 @@ template <>
 struct type_caster<std::vector<pynar::Tensor>> {
   PYBIND11_TYPE_CASTER(std::vector<pynar::Tensor>, const_name("list[Tensor]"));
 
-  bool load(handle source, bool convert) {
+  [[gnu::noinline]] bool load(handle source, bool convert) {
     if (!isinstance<sequence>(source)) return false;
     const auto items = reinterpret_borrow<sequence>(source);
     tensors_ = std::vector<make_caster<pynar::Tensor>>(items.size());
