@@ -12,7 +12,9 @@ def test_every_operator_is_listed_for_every_device() -> None:
     report = info.collect()
     operators = {name.removesuffix("_backward") for name in report.operators}
     definitions = {path.stem for path in Path(reference.__path__[0]).glob("[!_]*.py")}
-    assert operators == definitions <= set(operator_names)
+    # head_linear runs as flow_linear, and squeeze.py defines both directions.
+    assert operators == definitions - {"head_linear"} | {"unsqueeze"}
+    assert definitions | operators <= set(operator_names)
     for devices in report.operators.values():
         assert set(devices) == {"cpu", "cuda"}
 
