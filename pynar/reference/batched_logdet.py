@@ -15,4 +15,4 @@ def batched_logdet(weights: Tensor) -> tuple[Tensor, Tensor]:
     logdet = torch.linalg.slogdet(weights)[1]
     inverse, info = torch.linalg.inv_ex(weights)
     regular = (info == 0) & logdet.isfinite()
-    return logdet, torch.where(regular[:, None, None], inverse, torch.nan)
+    return logdet, torch.where(regular[:, None, None], inverse, torch.nan).contiguous()

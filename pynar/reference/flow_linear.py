@@ -100,7 +100,8 @@ def flow_linear_map_backward(
     """
     g = only_live(grad_y, lengths)
     states = _states(only_live(x, lengths), log_scale, bias, weight, layout, inverse)
-    grad_log_scale = torch.zeros_like(weight[:0, 0] if log_scale is None else log_scale)
+    channels = (0, x.shape[2]) if log_scale is None else log_scale.shape
+    grad_log_scale = weight.new_zeros(channels)
     grad_bias = torch.zeros_like(grad_log_scale)
     grad_weight = torch.zeros_like(weight)
     order = range(len(weight))
