@@ -167,9 +167,9 @@ class ImportanceWeighted:
         scores = self._score(model, tokens, memory, names).view(sentences, -1)
         prior = log_probs.repeat_interleave(self.samples, 1)
         scores = (scores + prior) / lengths.repeat_interleave(self.samples, 1)
-        return _choose(
-            tokens.unflatten(0, scores.shape), scores, self.n_best, torch.ones_like(source_lengths)
-        )
+        # The decoder runs for the drafts, and again for what the posterior makes of them.
+        passes = torch.full_like(source_lengths, 2)
+        return _choose(tokens.unflatten(0, scores.shape), scores, self.n_best, passes)
 
     def _score(
         self, model: FlowSeq, tokens: Tensor, memory: Memory, names: Sequence[int]

@@ -119,6 +119,7 @@ def test_importance_weights_by_hand(model: FlowSeq) -> None:
     found = strategy.decode(model, SOURCE, LENGTHS)
     # One noise-free draft of the most probable length: the tokens of argmax.
     assert found.lists() == LatentArgmax().decode(model, SOURCE, LENGTHS).lists()
+    assert found.passes.tolist() == [2, 2, 2]
     for row in range(3):
         n, tokens, length = int(LENGTHS[row]), found.lists()[row][0], first_length(model, row)
         filled = max(-(-len(tokens) // 4) * 4, 4)
