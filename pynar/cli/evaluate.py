@@ -14,7 +14,7 @@ from rich.table import Table
 import pynar
 from pynar.cli.decoding import add_freeze_argument, frozen, parse_model
 from pynar.data import read_lines
-from pynar.decoding import Strategy, Translator, strategy
+from pynar.decoding import LineTranslator, RescoringTranslator, Strategy, strategy
 from pynar.evaluation import compare, evaluate, machine, measure_speed
 from pynar.evaluation.benchmark.systems import describe
 from pynar.evaluation.metrics import Quality
@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="DIR[:OPTION=VALUE,...]",
         help="checkpoints to translate with and to time, e.g. runs/cmlm/best:iterations=4; an "
-        "autoregressive one is measured with greedy search and with beam search",
+        "autoregressive one is measured with greedy search and with beam search; "
+        "strategy=NAME and rescorer=DIR are options, too",
     )
     parser.add_argument("--latency-sentences", type=int, default=100)
     parser.add_argument("--bootstrap", type=int, default=1000, help="samples; 0 leaves it out")
@@ -77,17 +78,24 @@ def run(options: argparse.Namespace) -> None:
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _models(text: str, device: str, freeze: str | None) -> list[tuple[str, Translator, Strategy]]:
+def _models(
+    text: str, device: str, freeze: str | None
+) -> list[tuple[str, LineTranslator, Strategy]]:
     """The systems of one `--model`: the strategy asked for, or what the family is compared by."""
     directory, options = parse_model(text)
-    translator = pynar.load(directory, device=device, freeze=freeze)
+    translator: LineTranslator = pynar.load(directory, device=device, freeze=freeze)
     name = options.pop("strategy", None)
+    rescorer = options.pop("rescorer", None)
+    label = directory
+    if rescorer is not None:
+        scorer = pynar.load(rescorer, device=device, freeze=freeze)
+        translator, label = RescoringTranslator(translator, scorer), f"{directory} + {rescorer}"
     if name is None and not options and "beam" in translator.model.strategies:
         names: Sequence[str | None] = ("greedy", "beam")
     else:
         names = (name,)
     return [
-        (f"{directory} {describe(chosen)}", translator, chosen)
+        (f"{label} {describe(chosen)}", translator, chosen)
         for chosen in (strategy(translator.model, name, options) for name in names)
     ]
 

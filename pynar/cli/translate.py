@@ -10,9 +10,15 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-from pynar.cli.decoding import add_decoding_arguments, add_engine_arguments, load_engine
+import pynar
+from pynar.cli.decoding import (
+    add_decoding_arguments,
+    add_engine_arguments,
+    frozen,
+    load_engine,
+)
 from pynar.data import read_lines
-from pynar.decoding import Translation
+from pynar.decoding import RescoringTranslator, Translation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,12 +33,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scores", action="store_true", help="n best a line: number, score and text by tabs"
     )
+    parser.add_argument(
+        "--rescorer",
+        metavar="MODEL",
+        help="autoregressive checkpoint that chooses among the candidates (--strategy npd, or "
+        "--n-best)",
+    )
     add_engine_arguments(parser, default="pynar")
     add_decoding_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     translator, strategy = load_engine(options, options.model)
+    if options.rescorer is not None:
+        scorer = pynar.load(options.rescorer, device=options.device, freeze=frozen(options))
+        translator = RescoringTranslator(translator, scorer)
     lines = read_lines(sys.stdin.buffer if options.input is None else options.input)
     start = time.perf_counter()
     results = translator.decode(

@@ -1,11 +1,11 @@
 """Parallel text in, a tokenizer and a memory-mapped corpus out."""
 
-import heapq
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,9 @@ __all__ = ["Pairs", "Progress", "prepare"]
 PathLike = str | os.PathLike[str]
 Pairs = PathLike | tuple[PathLike, PathLike]  # a TSV file, or source and target files
 Progress = Callable[[str, int, int | None], None]  # stage, pairs done, pairs in all if known
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # A block is encoded at once and becomes one record batch; bounded in pairs and in characters,
 # so that neither many short nor some enormous lines need much memory.
@@ -205,26 +208,41 @@ def _sample(
     Every pair draws a number and those with the smallest stay, as many as both limits allow.
     """
     rng = np.random.default_rng(seed)
-    kept: list[tuple[float, int, str, str]] = []  # heap with the largest number on top, negated
+    drawn: list[tuple[float, int, str, str]] = []  # draw, number of the pair, texts
     size = 0
     read = 0
+    bound = 1.0  # what draws no less than this belong to is certain not to stay
     for block in _blocks(read_pairs(*files)):
-        draws = rng.random(len(block)).tolist()
-        for draw, (source, target) in zip(draws, block, strict=True):
+        draws = rng.random(len(block))
+        for i in np.flatnonzero(draws < bound).tolist():
+            source, target = block[i]
             if _unusable(source, target, max_characters) is None:
-                full = len(kept) >= sample_pairs or size >= SAMPLE_BYTES
-                if not full or draw < -kept[0][0]:
-                    heapq.heappush(kept, (-draw, read, source, target))
-                    size += len(source.encode()) + len(target.encode())
-                while len(kept) > sample_pairs or (size > SAMPLE_BYTES and len(kept) > 1):
-                    _, _, source, target = heapq.heappop(kept)
-                    size -= len(source.encode()) + len(target.encode())
-            read += 1
+                drawn.append((float(draws[i]), read + i, source, target))
+                size += len(source.encode()) + len(target.encode())
+        read += len(block)
+        # Seldom, as it sorts; half as much again as is needed costs little memory.
+        if len(drawn) > 1.5 * sample_pairs or size > 1.5 * SAMPLE_BYTES:
+            size = _keep_smallest(drawn, sample_pairs)
+            bound = drawn[-1][0]
         progress("sample", read, None)
-    if not kept:
+    if not drawn:
         raise TextError(f"prepare: no pair of {' and '.join(files)} has text on both sides")
-    kept.sort(key=lambda item: item[1])
-    return [item[2] for item in kept], [item[3] for item in kept], read
+    _keep_smallest(drawn, sample_pairs)
+    drawn.sort(key=lambda item: item[1])
+    return [item[2] for item in drawn], [item[3] for item in drawn], read
+
+
+def _keep_smallest(drawn: list[tuple[float, int, str, str]], sample_pairs: int) -> int:
+    """Sorts pairs by their draws, cuts at the limits but for one pair, returns the bytes left."""
+    drawn.sort()
+    size = 0
+    for count, (_, _, source, target) in enumerate(drawn):
+        more = len(source.encode()) + len(target.encode())
+        if count == sample_pairs or (count and size + more > SAMPLE_BYTES):
+            del drawn[count:]
+            break
+        size += more
+    return size
 
 
 def _blocks(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
@@ -258,8 +276,10 @@ def _encode_split(
     lengths: tuple[Counter[int], Counter[int]] = (Counter(), Counter())
     unknown = [0, 0]
     read = 0
-    with CorpusWriter(directory / f"{name}.arrow", with_text=with_text) as writer:
-        for block in _blocks(read_pairs(*files)):
+
+    def usable(blocks: Iterable[list[tuple[str, str]]]) -> Iterator[list[tuple[str, str]]]:
+        nonlocal read
+        for block in blocks:
             read += len(block)
             texts = []
             for pair in block:
@@ -268,10 +288,16 @@ def _encode_split(
                     texts.append(pair)
                 else:
                     skipped[reason] += 1
-            ids = [
-                tokenizer.encode_source([source for source, _ in texts], threads=threads),
-                tokenizer.encode_target([target for _, target in texts], threads=threads),
-            ]
+            yield texts
+
+    def encode(texts: list[tuple[str, str]]) -> list[list[list[int]]]:
+        return [
+            tokenizer.encode_source([source for source, _ in texts], threads=threads),
+            tokenizer.encode_target([target for _, target in texts], threads=threads),
+        ]
+
+    with CorpusWriter(directory / f"{name}.arrow", with_text=with_text) as writer:
+        for texts, ids in _one_ahead(encode, usable(_blocks(read_pairs(*files)))):
             sizes = np.array([[len(row) for row in side] for side in ids])
             reasons = _reasons(sizes, max_length, max_ratio)
             skipped.update(reason for reason in reasons.tolist() if reason)
@@ -304,6 +330,21 @@ def _encode_split(
         target_lengths={str(length): lengths[1][length] for length in sorted(lengths[1])},
         inputs={path: FileInfo.of(path) for path in files},
     )
+
+
+def _one_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[tuple[Item, Result]]:
+    """Yields each item with its result; the next one's is worked out in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: tuple[Item, Future[Result]] | None = None
+        for item in items:
+            future = pool.submit(function, item)
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = item, future
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def _unusable(source: str, target: str, max_characters: int) -> str | None:

@@ -3,8 +3,9 @@
 from pynar.decoding.autoregressive import BeamSearch, Greedy, Sampling
 from pynar.decoding.draft_and_verify import DraftAndVerify
 from pynar.decoding.hypotheses import Hypotheses
-from pynar.decoding.latent import ImportanceWeighted, LatentArgmax
+from pynar.decoding.latent import ImportanceWeighted, LatentArgmax, NoisyParallel
 from pynar.decoding.mask_predict import MaskPredict
+from pynar.decoding.rescoring import AutoregressiveScorer, RescoringTranslator, Scorer
 from pynar.decoding.translator import (
     LineTranslator,
     Strategy,
@@ -14,6 +15,7 @@ from pynar.decoding.translator import (
 )
 
 __all__ = [
+    "AutoregressiveScorer",
     "BeamSearch",
     "DraftAndVerify",
     "Greedy",
@@ -22,7 +24,10 @@ __all__ = [
     "LatentArgmax",
     "LineTranslator",
     "MaskPredict",
+    "NoisyParallel",
+    "RescoringTranslator",
     "Sampling",
+    "Scorer",
     "Strategy",
     "Translation",
     "Translator",

@@ -17,7 +17,7 @@ from pynar.nn.attention import padding_mask
 from pynar.nn.transformer import Memory
 from pynar.symbols import EOS, PAD
 
-__all__ = ["ImportanceWeighted", "LatentArgmax"]
+__all__ = ["ImportanceWeighted", "LatentArgmax", "NoisyParallel"]
 
 
 def _noise(
@@ -99,9 +99,55 @@ class LatentArgmax:
         scores = scores.view(len(source), self.samples)
         best = scores.argmax(1)
         z = z.unflatten(0, scores.shape)[torch.arange(len(source)), best]
-        tokens = _tokens(model, z, lengths[:, 0], memory)
+        tokens, _ = _tokens(model, z, lengths[:, 0], memory)
         best_score = scores.gather(1, best[:, None])
         return _choose(tokens[:, None], best_score, 1, torch.ones_like(source_lengths))
+
+
+@dataclass(frozen=True)
+class NoisyParallel:
+    """The drafts of noisy parallel decoding (NPD): `samples` for each of the likeliest lengths.
+
+    They are decoded from noise of N(0, temperature^2), the first of each length from none, and are
+    meant for a rescorer (`pynar.decoding.RescoringTranslator`). Without one they are ranked by the
+    mean log p(y_t | z, x), each given its own z, which says little about them.
+    """
+
+    length_candidates: int = 3
+    samples: int = 10
+    temperature: float = 0.3
+    seed: int = 0
+    max_ratio: float = 2.0
+    max_extra: int = 10
+
+    def __post_init__(self) -> None:
+        _check(
+            "NoisyParallel",
+            self.seed,
+            self.max_ratio,
+            self.max_extra,
+            length_candidates=self.length_candidates,
+            samples=self.samples,
+        )
+        _check_temperature("NoisyParallel", self.temperature)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        model: FlowSeq,
+        source: Tensor,
+        source_lengths: Tensor,
+        *,
+        indices: Tensor | None = None,
+    ) -> Hypotheses:
+        """As `LatentArgmax.decode`; every draft is a hypothesis."""
+        memory = model.encode(source, source_lengths)
+        names = range(len(source)) if indices is None else indices.tolist()
+        drafts = _draft(model, memory, names, self)
+        tokens = drafts.tokens.unflatten(0, (len(source), -1))
+        scores = drafts.token_scores / drafts.rows.clamp(min=1)
+        passes = torch.ones_like(source_lengths)
+        return _choose(tokens, scores.view(len(source), -1), tokens.shape[1], passes)
 
 
 @dataclass(frozen=True)
@@ -153,17 +199,10 @@ class ImportanceWeighted:
     ) -> Hypotheses:
         """As `LatentArgmax.decode`."""
         memory = model.encode(source, source_lengths)
-        lengths, log_probs = _lengths(
-            model, memory, self.length_candidates, self.max_ratio, self.max_extra
-        )
-        sentences, width = len(source), int(lengths.max()) if len(source) else 0
+        sentences = len(source)
         names = range(sentences) if indices is None else indices.tolist()
-        dim = model.config.dim
-        noise = _noise(self.seed, names, lengths, self.samples, width, dim) * self.temperature
-        noise.unflatten(0, (-1, self.samples))[:, 0] = 0
-        rows = lengths.flatten().repeat_interleave(self.samples)
-        z, _ = model.sample_prior(noise, rows, memory)
-        tokens = _tokens(model, z, rows, memory)
+        drafts = _draft(model, memory, names, self)
+        tokens, lengths, log_probs = drafts.tokens, drafts.lengths, drafts.log_probs
         scores = self._score(model, tokens, memory, names).view(sentences, -1)
         prior = log_probs.repeat_interleave(self.samples, 1)
         scores = (scores + prior) / lengths.repeat_interleave(self.samples, 1)
@@ -198,11 +237,40 @@ class ImportanceWeighted:
         return weights.view(-1, k).logsumexp(1) - math.log(k)
 
 
-def _tokens(model: FlowSeq, z: Tensor, lengths: Tensor, memory: Memory) -> Tensor:
-    """The most probable tokens `[B * n, T]` of latent variables."""
+@dataclass(frozen=True)
+class _Drafts:
+    lengths: Tensor  # [B, n], the likeliest ones
+    log_probs: Tensor  # [B, n], of the lengths
+    rows: Tensor  # [B * n * r], the length of each draft
+    tokens: Tensor  # [B * n * r, T]
+    token_scores: Tensor  # [B * n * r], sums of log p(y_t | z, x)
+
+
+def _draft(
+    model: FlowSeq,
+    memory: Memory,
+    names: Sequence[int],
+    options: NoisyParallel | ImportanceWeighted,
+) -> _Drafts:
+    """r samples for each of n lengths, the first without noise."""
+    lengths, log_probs = _lengths(
+        model, memory, options.length_candidates, options.max_ratio, options.max_extra
+    )
+    width = int(lengths.max()) if len(lengths) else 0
+    noise = _noise(options.seed, names, lengths, options.samples, width, model.config.dim)
+    noise = noise * options.temperature
+    noise.unflatten(0, (-1, options.samples))[:, 0] = 0
+    rows = lengths.flatten().repeat_interleave(options.samples)
+    z, _ = model.sample_prior(noise, rows, memory)
+    return _Drafts(lengths, log_probs, rows, *_tokens(model, z, rows, memory))
+
+
+def _tokens(model: FlowSeq, z: Tensor, lengths: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    """The most probable tokens `[B * n, T]` of latent variables, and their log p(y | z, x)."""
     live = padding_mask(lengths, z.shape[1])[:, 0, 0]
-    best, _, _ = model.best(model.decode_latent(z, lengths, memory, live))
-    return torch.full(live.shape, PAD, device=z.device).masked_scatter(live, best)
+    best, log_probs, _ = model.best(model.decode_latent(z, lengths, memory, live))
+    tokens = torch.full(live.shape, PAD, device=z.device).masked_scatter(live, best)
+    return tokens, log_probs.new_zeros(live.shape).masked_scatter(live, log_probs).sum(1)
 
 
 def _check(name: str, seed: int, ratio: float, extra: float, **positive: int) -> None:

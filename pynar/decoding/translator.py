@@ -17,7 +17,7 @@ from pynar.data.tokenizer import Tokenizer
 from pynar.decoding.autoregressive import BeamSearch, Greedy, Sampling
 from pynar.decoding.draft_and_verify import DraftAndVerify
 from pynar.decoding.hypotheses import Hypotheses
-from pynar.decoding.latent import ImportanceWeighted, LatentArgmax
+from pynar.decoding.latent import ImportanceWeighted, LatentArgmax, NoisyParallel
 from pynar.decoding.mask_predict import MaskPredict
 from pynar.models import TranslationModel
 from pynar.strict import from_dict
@@ -56,6 +56,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "mask_predict": MaskPredict,
     "draft_and_verify": DraftAndVerify,
     "latent_argmax": LatentArgmax,
+    "npd": NoisyParallel,
     "iwd": ImportanceWeighted,
 }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pynar.decoding import Strategy, Translation, Translator
+from pynar.decoding import LineTranslator, Strategy, Translation
 from pynar.evaluation.environment import processor
 
 __all__ = ["Speed", "machine", "measure_speed", "percentile"]
@@ -27,7 +27,7 @@ class Speed:
 
 
 def measure_speed(
-    systems: Sequence[tuple[Translator, Strategy]],
+    systems: Sequence[tuple[LineTranslator, Strategy]],
     lines: Sequence[str],
     *,
     latency_sentences: int = 100,
@@ -73,7 +73,7 @@ def measure_speed(
 
 
 def _timed(
-    translator: Translator, strategy: Strategy, lines: Sequence[str], max_tokens: int
+    translator: LineTranslator, strategy: Strategy, lines: Sequence[str], max_tokens: int
 ) -> tuple[float, list[Translation]]:
     _wait(translator.device)
     start = time.perf_counter()

@@ -46,7 +46,10 @@ class AutoregressiveTransformer(TranslationModel):
     def score(
         self, source: Tensor, source_lengths: Tensor, target: Tensor, target_lengths: Tensor
     ) -> Tensor:
-        """Log-probability `[B]` of each `target: [B, T]` (no BOS, no EOS) including its EOS."""
+        """Log-probability `[B * n]` of each `target: [B * n, T]` (no BOS, no EOS) with its EOS.
+
+        The n targets of a source follow each other and share its keys and values.
+        """
         batch = Batch(source, source_lengths, target, target_lengths, target_lengths)
         example = self.corrupt(batch, torch.Generator(target.device))
         memory = self.encode(source, source_lengths)

@@ -120,7 +120,7 @@ class FlowSeq(TranslationModel):
 
     Config: ClassVar[type[TransformerConfig]] = FlowSeqConfig
     name = "flowseq"
-    strategies: tuple[str, ...] = ("latent_argmax", "iwd")
+    strategies: tuple[str, ...] = ("latent_argmax", "npd", "iwd")
     decoding_defaults: ClassVar[dict[str, Any]] = {}
     banned = (PAD, BOS, MASK)
 

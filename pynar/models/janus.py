@@ -265,9 +265,9 @@ class JANUS(CMLM):
     def score(
         self, source: Tensor, source_lengths: Tensor, target: Tensor, target_lengths: Tensor
     ) -> Tensor:
-        """Log-probability `[B]` of each `target: [B, T]` (no BOS, no EOS) including its EOS.
+        """Log-probability `[B * n]` of each `target: [B * n, T]` (no BOS, no EOS) with its EOS.
 
-        That of the AR stream.
+        That of the AR stream. The n targets of a source follow each other.
         """
         states = self.ahead(
             target,
@@ -285,18 +285,19 @@ class JANUS(CMLM):
         return log_probs.new_zeros(live.shape).masked_scatter(live, log_probs).sum(-1)
 
     def ahead(self, tokens: Tensor, lengths: Tensor, first: Tensor, memory: Memory) -> Tensor:
-        """AR query states of what follows each prefix of `tokens: [B, T]`, in one pass.
+        """AR query states of what follows each prefix of `tokens: [B * n, T]`, in one pass.
 
-        Of prefixes of `first: [B]` to `lengths: [B]` tokens: `[sum(lengths - first + 1), C]`,
-        sentence after sentence.
+        Of prefixes of `first: [B * n]` to `lengths: [B * n]` tokens, sentence after sentence:
+        `[sum(lengths - first + 1), C]`.
         """
         rows, content = ar_rows(tokens, lengths, first)
         keys_values, bounds = memory.rows()
+        candidates = len(tokens) // max(len(bounds), 1)
         return self.decoder.rows(
             self.embed_rows(self.target_embedding, rows),
             keys_values,
             sees=rows.intervals,
-            reads=bounds[rows.sentence][:, None],
+            reads=bounds[rows.sentence // max(candidates, 1)][:, None],
             content=content,
             read=torch.arange(content, len(rows.tokens), device=tokens.device),
         )

@@ -15,6 +15,7 @@ import pynar
 from pynar.cli import main
 from pynar.data import Manifest
 from pynar.data.normalisation import corpus
+from pynar.decoding import RescoringTranslator
 
 needs_ctranslate2 = pytest.mark.skipif(
     importlib.util.find_spec("ctranslate2") is None, reason="the extra `ctranslate2` is missing"
@@ -198,6 +199,24 @@ def test_evaluate_scores_and_times_models_beside_files(place: Path, tmp_path: Pa
     assert rows[3]["passes"] == 2 and rows[3]["sentences_per_second"] > 0
     assert "nrefs:1" in rows[3]["signatures"]["bleu"]
     assert "paired bootstrap" in capsys.readouterr().out
+
+
+def test_a_rescorer_chooses_among_candidates(place: Path, tmp_path: Path, capsys) -> None:
+    """As `RescoringTranslator` does, from both commands."""
+    student, teacher = place / "cmlm/best", place / "autoregressive/best"
+    output, results = tmp_path / "out.txt", tmp_path / "results.json"
+    chosen = ("--rescorer", teacher, "--iterations", 2, "--n-best", 3, "--output", output)
+    run("translate", student, "--input", place / "test.source", *chosen)
+    assert "3.0 decoder passes a line" in capsys.readouterr().err
+    translator = RescoringTranslator(pynar.load(student), pynar.load(teacher))
+    lines = (place / "test.source").read_text().splitlines()
+    assert output.read_text().splitlines() == translator.translate(lines, iterations=2, n_best=3)
+    run(
+        *("evaluate", "--reference", output, "--source", place / "test.source", "--bootstrap", 0),
+        *("--model", f"{student}:iterations=2,n_best=3,rescorer={teacher}", "--json", results),
+    )
+    (row,) = json.loads(results.read_text())["rows"]
+    assert row["ter"] == 0 and row["passes"] == 3
 
 
 def test_average_of_a_checkpoint_with_itself_is_the_checkpoint(place: Path, tmp_path: Path) -> None:

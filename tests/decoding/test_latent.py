@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from pynar.decoding import ImportanceWeighted, LatentArgmax
+from pynar.decoding import ImportanceWeighted, LatentArgmax, NoisyParallel
 from pynar.models import FlowSeq, build
 from pynar.models.flowseq import fill_with_eos
 from pynar.symbols import EOS, PAD
@@ -74,16 +74,45 @@ def test_of_several_samples_the_most_probable_is_taken(model: FlowSeq) -> None:
     )
 
 
+def test_every_draft_is_a_hypothesis(model: FlowSeq) -> None:
+    """Its tokens and their mean log-probability, of the same noise put through the parts."""
+    strategy = NoisyParallel(length_candidates=2, samples=3, temperature=0.8, seed=4)
+    found = strategy.decode(model, SOURCE, LENGTHS)
+    assert found.tokens.shape[:2] == (3, 6) and found.passes.tolist() == [1, 1, 1]
+    for row in range(3):
+        n = int(LENGTHS[row])
+        wanted = []
+        with torch.inference_mode():
+            memory = model.encode(SOURCE[row : row + 1, :n], LENGTHS[row : row + 1])
+            limit = torch.tensor([(2 * n + 10) // 4 * 4])
+            lengths, _ = model.length.predict(memory.states, memory.lengths, 2, limit)
+            for length in lengths[0].tolist():
+                for sample in range(3):
+                    generator = np.random.default_rng((4, row, length, sample))
+                    noise = generator.standard_normal((1, length, 16), dtype=np.float32)
+                    noise = torch.from_numpy(noise) * (0.8 if sample else 0.0)
+                    size = torch.tensor([length])
+                    z, _ = model.sample_prior(noise, size, memory)
+                    best = model.log_probs(model.decode_latent(z, size, memory))[0].max(-1)
+                    wanted.append((best.values.mean().item(), cut(best.indices.tolist())))
+        wanted.sort(key=lambda pair: -pair[0])
+        assert found.lists()[row] == [tokens for _, tokens in wanted]
+        torch.testing.assert_close(
+            found.scores[row].tolist(), [score for score, _ in wanted], rtol=1e-4, atol=1e-4
+        )
+
+
 @pytest.mark.parametrize(
     "strategy",
     [
         LatentArgmax(),
+        NoisyParallel(length_candidates=2, samples=2, temperature=0.7),
         LatentArgmax(samples=3, temperature=0.7),
         ImportanceWeighted(length_candidates=2, samples=2, importance_samples=2, n_best=3),
     ],
 )
 def test_batch_mates_change_nothing(
-    model: FlowSeq, strategy: LatentArgmax | ImportanceWeighted
+    model: FlowSeq, strategy: LatentArgmax | NoisyParallel | ImportanceWeighted
 ) -> None:
     names = torch.tensor([4, 2, 9])
     together = strategy.decode(model, SOURCE, LENGTHS, indices=names)
@@ -139,7 +168,8 @@ def test_importance_weights_by_hand(model: FlowSeq) -> None:
 
 
 def test_frozen_translates_alike(model: FlowSeq) -> None:
-    for strategy in (LatentArgmax(), ImportanceWeighted(length_candidates=2, samples=2)):
+    few = {"length_candidates": 2, "samples": 2}
+    for strategy in (LatentArgmax(), NoisyParallel(**few), ImportanceWeighted(**few)):
         free = strategy.decode(model, SOURCE, LENGTHS)
         frozen = strategy.decode(model.freeze(), SOURCE, LENGTHS)
         assert frozen.lists() == free.lists()
@@ -151,6 +181,7 @@ def test_frozen_translates_alike(model: FlowSeq) -> None:
     [
         (lambda: LatentArgmax(samples=0), "`samples` must be positive, got 0"),
         (lambda: LatentArgmax(temperature=-1.0), "`temperature` must not be negative"),
+        (lambda: NoisyParallel(samples=0), "`samples` must be positive, got 0"),
         (lambda: ImportanceWeighted(n_best=16), "`n_best` must be at most"),
         (lambda: ImportanceWeighted(seed=-1), "`seed` must not be negative"),
     ],
