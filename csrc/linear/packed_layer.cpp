@@ -6,6 +6,8 @@
 //   cross-attention   weights 2 and 3 [C, C], to keys and values [S, H, D]; only where those are
 //   feed-forward      the last two weights, [F, C] and [C, F]
 //
+// Without weights 1 and 3 attention has no linear map behind it.
+//
 // y [M, C] are the `chosen` rows [M], or all N of them.
 #include <algorithm>
 #include <initializer_list>
@@ -15,11 +17,15 @@
 #include <vector>
 
 #include "common/operators.h"
+#include "common/parallel.h"
+#include "linear/packed_linear.h"
 
 namespace pynar {
 namespace {
 
 constexpr const char* kName = "packed_layer";
+// A second thread is not worth it for fewer numbers.
+constexpr int64_t kGrain = 1 << 15;
 
 // A tensor in memory of our own. It stays where it is, since the tensor points into it.
 class View {
@@ -67,13 +73,33 @@ struct Layer {
     run(map, x, std::nullopt, std::nullopt, std::nullopt, activation, norm_first() ? eps : -1, y);
   }
   // The one that ends it.
-  void leave(size_t map, const Tensor& x, const Tensor& residual, const Tensor& y) const {
+  void leave(size_t part, size_t map, const Tensor& x, const Tensor& residual,
+             const Tensor& y) const {
     std::optional<Tensor> norm_weight, norm_bias;
     if (!norm_first()) {
-      norm_weight = norms[map - 1];
-      norm_bias = norms[map];
+      norm_weight = norms[2 * part];
+      norm_bias = norms[2 * part + 1];
     }
     run(map, x, residual, norm_weight, norm_bias, 0, -1, y);
+  }
+  // The end of a sub-layer without such a map; all but the residual lies without gaps.
+  void leave(size_t part, const Tensor& x, const Tensor& residual, const Tensor& y) const {
+    const int64_t columns = x.size(1);
+    OutputNorm norm{};
+    if (!norm_first()) {
+      norm = {norms[2 * part].data<float>(), norms[2 * part + 1].data<float>(),
+              static_cast<float>(eps)};
+    }
+    const auto normalise = PYNAR_SELECT_DOT_KERNEL(normalise_rows);
+    float* const out = y.data<float>();
+    parallel_for(x.size(0), kGrain / columns + 1, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
+        const float* a = x.data<float>() + row * columns;
+        const float* b = residual.data<float>() + row * residual.stride(0);
+        for (int64_t i = 0; i < columns; ++i) out[row * columns + i] = a[i] + b[i];
+      }
+      if (norm.weight != nullptr) normalise(norm, out, columns, first, last);
+    });
   }
 
  private:
@@ -131,7 +157,9 @@ void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
     if (tensor->has_value() == crosses) continue;
     check.fail(name, "be given with `keys`, and only then", crosses ? "None" : "it alone");
   }
-  const size_t maps = crosses ? 6 : 4;
+  const size_t parts = crosses ? 3 : 2;
+  const bool bare = weights.size() == parts + 1;
+  const size_t maps = bare ? parts + 1 : 2 * parts;
   check_count(check, "weights", weights, maps, "one for each linear map");
   check_count(check, "biases", biases, maps, "one for each linear map");
   if (!scales.empty() || !column_sums.empty()) {
@@ -139,7 +167,12 @@ void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
     check_count(check, "column_sums", column_sums, maps, "one for each linear map, or none");
   }
   if (!norms.empty()) {
-    check_count(check, "norms", norms, maps, "weight and bias for each sub-layer, or none");
+    check_count(check, "norms", norms, 2 * parts, "weight and bias for each sub-layer, or none");
+  }
+  for (const Tensor& norm : norms) {
+    check.shape("norms", norm, {dim}, "channels of `x`");
+    check.dtype("norms", norm, {kFloat32});
+    check.contiguous("norms", norm);
   }
   check.dims("biases", biases[maps - 2], 1, "[F]");
   const int64_t hidden = biases[maps - 2].size(0);
@@ -207,25 +240,29 @@ void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
   const View v = of_heads(qkv + 2 * dim, content, 3 * dim);
   const View states(buffer[0], wanted, dim);
   const View attended(buffer[1], wanted, dim);
+  const auto leave = [&](size_t part, size_t map, const Tensor& residual, const Tensor& out) {
+    if (bare) return layer.leave(part, attended, residual, out);
+    layer.leave(part, map, attended, residual, out);
+  };
   if (chosen) {
     gather(qkv, 3 * dim, dim, *chosen, buffer[2]);
     gather(x.data<float>(), x.stride(0), dim, *chosen, buffer[3]);
     attend(of_heads(buffer[2], wanted, dim), k, v, intervals, buffer[1]);
-    layer.leave(1, attended, View(buffer[3], wanted, dim), states);
+    leave(0, 1, View(buffer[3], wanted, dim), states);
   } else {
     attend(of_heads(qkv, rows, 3 * dim), k, v, intervals, buffer[1]);
-    layer.leave(1, attended, x, states);
+    leave(0, 1, x, states);
   }
   const Tensor* last = &static_cast<const Tensor&>(states);
   const View crossed(buffer[3], wanted, dim);
   if (crosses) {
-    layer.enter(2, states, View(buffer[2], wanted, dim));
+    layer.enter(bare ? 1 : 2, states, View(buffer[2], wanted, dim));
     attend(of_heads(buffer[2], wanted, dim), *keys, *values, *memory_intervals, buffer[1]);
-    layer.leave(3, attended, states, crossed);
+    leave(1, 3, states, crossed);
     last = &static_cast<const Tensor&>(crossed);
   }
   layer.enter(maps - 2, *last, inner, activation);
-  layer.leave(maps - 1, inner, *last, y);
+  layer.leave(parts - 1, maps - 1, inner, *last, y);
 }
 
 }  // namespace pynar

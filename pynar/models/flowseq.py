@@ -15,6 +15,8 @@ from pynar.models.cmlm import CMLMConfig
 from pynar.nn.attention import padding_mask
 from pynar.nn.embedding import sinusoids
 from pynar.nn.flows import Flow, PositionAttention, WeightNormLinear
+from pynar.nn.frozen import DTYPES
+from pynar.nn.frozen_flow import FrozenFlow
 from pynar.nn.length import LengthPredictor
 from pynar.nn.transformer import Decoder, Memory
 from pynar.ops import padding_intervals
@@ -145,7 +147,7 @@ class FlowSeq(TranslationModel):
         sizes = (config.dim, config.ffn_dim, config.heads)
         self.posterior = Decoder(config.posterior_layers, *sizes, **habits)
         self.gather = PositionAttention(config.dim, config.heads)
-        self.prior = Flow(
+        self.prior: Any = Flow(  # of a frozen model FrozenFlow
             config.dim,
             config.dim,
             hidden=config.flow_ffn_dim,
@@ -304,5 +306,8 @@ class FlowSeq(TranslationModel):
     def freeze(self, dtype: str = "fp32") -> FlowSeq:
         frozen = super().freeze(dtype)
         with torch.no_grad():
-            frozen._factors = frozen.prior.factors()
+            if frozen.exclusion.device.type == "cpu":
+                frozen.prior = FrozenFlow(self.prior, DTYPES[dtype])
+            else:
+                frozen._factors = frozen.prior.factors()
         return frozen

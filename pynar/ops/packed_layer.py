@@ -25,7 +25,8 @@ class PackedLayer:
 
     Its linear maps are, in order: self-attention's queries, keys and values `[3 C, C]` and output
     `[C, C]`; cross-attention's queries and output, if there is one; the feed-forward network's
-    `[F, C]` and `[C, F]`. The scale of the scores belongs into the queries' weights.
+    `[F, C]` and `[C, F]`. The scale of the scores belongs into the queries' weights. The output
+    maps may be missing, both of them: attention then ends without one (FlowSeq's couplings).
 
     `norms` are weight and bias of the layer normalisation after each sub-layer; without them each
     sub-layer begins with one, whose weight and bias belong into the map behind it.
@@ -195,7 +196,7 @@ def _reference(
         outside = chosen[(chosen < 0) | (chosen >= len(x))]
         if len(outside):
             check.fail("chosen", f"lie in [0, {len(x)})", int(outside[0]))
-    shapes = _maps(x.shape[1], len(biases[-2]), crosses)
+    shapes = _maps(x.shape[1], len(biases[-2]), crosses, _is_bare(len(data), crosses))
     weights = [
         PackedWeight(part, *sums, *shape).unpack()
         for part, sums, shape in zip(
@@ -218,10 +219,15 @@ def _reference(
     )
 
 
-def _maps(dim: int, hidden: int, crosses: bool) -> list[tuple[int, int]]:
-    """Outputs and inputs of each linear map."""
-    attention = [(3 * dim, dim), (dim, dim)] + 2 * crosses * [(dim, dim)]
+def _maps(dim: int, hidden: int, crosses: bool, bare: bool) -> list[tuple[int, int]]:
+    """Outputs and inputs of each linear map; `bare` attention has none behind it."""
+    outputs = [] if bare else [(dim, dim)]
+    attention = [(3 * dim, dim), *outputs] + crosses * [(dim, dim), *outputs]
     return [*attention, (hidden, dim), (dim, hidden)]
+
+
+def _is_bare(maps: int, crosses: bool) -> bool:
+    return maps == (4 if crosses else 3)
 
 
 def _sums(
@@ -247,19 +253,21 @@ def _check_layer(
     dim = x.shape[1]
     if heads < 1 or dim % heads:
         check.fail("heads", f"divide the channels of `x` ({dim})", heads)
-    maps = 6 if crosses else 4
+    parts, bare = (3 if crosses else 2), _is_bare(len(data), crosses)
+    maps = parts + 1 if bare else 2 * parts
     each = "one for each linear map"
-    for name, tensors, meaning, needed in (
-        ("weights", data, each, True),
-        ("biases", biases, each, True),
-        ("scales", scales, f"{each}, or none", bool(scales or column_sums)),
-        ("column_sums", column_sums, f"{each}, or none", bool(scales or column_sums)),
-        ("norms", norms, "weight and bias for each sub-layer, or none", bool(norms)),
+    sub_layers = "weight and bias for each sub-layer, or none"
+    for name, tensors, meaning, count, needed in (
+        ("weights", data, each, maps, True),
+        ("biases", biases, each, maps, True),
+        ("scales", scales, f"{each}, or none", maps, bool(scales or column_sums)),
+        ("column_sums", column_sums, f"{each}, or none", maps, bool(scales or column_sums)),
+        ("norms", norms, sub_layers, 2 * parts, bool(norms)),
     ):
-        if needed and len(tensors) != maps:
-            check.fail(name, f"have {maps} tensors ({meaning})", len(tensors))
+        if needed and len(tensors) != count:
+            check.fail(name, f"have {count} tensors ({meaning})", len(tensors))
     check.dims("biases", biases[-2], 1, "[F]")
-    shapes = _maps(dim, len(biases[-2]), crosses)
+    shapes = _maps(dim, len(biases[-2]), crosses, bare)
     for bias, (columns, _) in zip(biases, shapes, strict=True):
         check.shape("biases", bias, [columns], "3 C, then C each, F and C")
     for part, sums, (columns, depth) in zip(
@@ -267,7 +275,7 @@ def _check_layer(
     ):
         check_packed(linear, part, *sums, depth, columns)
     for norm in norms:
-        linear.shape("norm_weight", norm, [dim], "columns of `weight`")
+        check.shape("norms", norm, [dim], "channels of `x`")
 
 
 def _check_intervals(check: Check, name: str, intervals: Tensor, rows: int) -> None:

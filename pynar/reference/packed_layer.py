@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pynar.reference.interval_attention import interval_attention
@@ -36,9 +37,14 @@ def packed_layer(
             x, weights[index], biases[index], dtype, activation, None, input_eps, None
         )
 
-    def leave(index: int, x: Tensor, residual: Tensor) -> Tensor:
-        norm = (norms[index - 1], norms[index], eps) if norms else None
-        return packed_linear(x, weights[index], biases[index], dtype, "none", residual, None, norm)
+    def leave(part: int, index: int | None, x: Tensor, residual: Tensor) -> Tensor:
+        norm = (norms[2 * part], norms[2 * part + 1], eps) if norms else None
+        if index is not None:
+            return packed_linear(
+                x, weights[index], biases[index], dtype, "none", residual, None, norm
+            )
+        h = x + residual
+        return h if norm is None else F.layer_norm(h, h.shape[1:], *norm)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
         q = q.unflatten(1, (heads, q.shape[1] // heads))
@@ -48,10 +54,13 @@ def packed_layer(
     k, v = (part[:content].unflatten(1, (heads, x.shape[1] // heads)) for part in (k, v))
     if chosen is not None:
         q, x, intervals = q[chosen], x[chosen], intervals[chosen]
-    h = leave(1, attend(q.contiguous(), k, v, intervals), x)
+    parts = 2 if memory is None else 3
+    bare = len(weights) == parts + 1
+    h = leave(0, None if bare else 1, attend(q.contiguous(), k, v, intervals), x)
     if memory is not None:
         keys, values, sees = memory
         sees = sees if chosen is None else sees[chosen]
-        h = leave(3, attend(enter(2, h), keys, values, sees), h)
+        query = enter(1 if bare else 2, h)
+        h = leave(1, None if bare else 3, attend(query, keys, values, sees), h)
     last = len(weights) - 1
-    return leave(last, enter(last - 1, h, activation), h)
+    return leave(parts - 1, last, enter(last - 1, h, activation), h)

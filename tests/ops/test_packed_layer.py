@@ -30,11 +30,15 @@ def spread(lengths: list[int], of: list[int]) -> Tensor:
     return bounds.repeat_interleave(torch.tensor(lengths), 0)[:, None]
 
 
-def make_layer(dtype: torch.dtype, *, crosses: bool, norm_first: bool) -> PackedLayer:
-    shapes = [(3 * DIM, DIM), (DIM, DIM)] + 2 * crosses * [(DIM, DIM)]
+def make_layer(
+    dtype: torch.dtype, *, crosses: bool, norm_first: bool, bare: bool = False
+) -> PackedLayer:
+    """`bare` attention has no linear map behind it."""
+    output = [] if bare else [(DIM, DIM)]
+    shapes = [(3 * DIM, DIM), *output] + crosses * [(DIM, DIM), *output]
     shapes += [(HIDDEN, DIM), (DIM, HIDDEN)]
     weights = [torch.randn(shape) / shape[1] ** 0.5 for shape in shapes]
-    norms = () if norm_first else tuple(torch.rand(DIM) for _ in shapes)
+    norms = () if norm_first else tuple(torch.rand(DIM) for _ in range(6 if crosses else 4))
     return PackedLayer(
         tuple(pack_linear(weight, dtype) for weight in weights),
         tuple(torch.randn(shape[0]) for shape in shapes),
@@ -70,8 +74,10 @@ def by_parts(
         weight, bias = layer.weights[index], layer.biases[index]
         return packed_linear(x, weight, bias, activation=activation, input_norm=eps)
 
-    def leave(index: int, x: Tensor, residual: Tensor) -> Tensor:
-        norm = None if norm_first else (*layer.norms[index - 1 : index + 1], EPS)
+    def leave(part: int, index: int | None, x: Tensor, residual: Tensor) -> Tensor:
+        norm = None if norm_first else (*layer.norms[2 * part : 2 * part + 2], EPS)
+        if index is None:
+            return x + residual if norm is None else F.layer_norm(x + residual, (DIM,), *norm)
         weight, bias = layer.weights[index], layer.biases[index]
         return packed_linear(x, weight, bias, residual=residual, output_norm=norm)
 
@@ -83,11 +89,13 @@ def by_parts(
     q, k, v = enter(0, x).chunk(3, 1)
     k, v = (part[:content].unflatten(1, (HEADS, -1)) for part in (k, v))
     rows = torch.arange(len(x)) if chosen is None else chosen
-    h = leave(1, attend(q[rows], k, v, intervals[rows]), x[rows])
+    bare = len(layer.weights) < (4 if memory is None else 6)
+    h = leave(0, None if bare else 1, attend(q[rows], k, v, intervals[rows]), x[rows])
     if memory is not None:
-        h = leave(3, attend(enter(2, h), *memory[:2], memory[2][rows]), h)
+        y = attend(enter(1 if bare else 2, h), *memory[:2], memory[2][rows])
+        h = leave(1, None if bare else 3, y, h)
     last = len(layer.weights) - 1
-    return leave(last, enter(last - 1, h, layer.activation), h)
+    return leave(1 if memory is None else 2, last, enter(last - 1, h, layer.activation), h)
 
 
 every_layer = pytest.mark.parametrize(
@@ -110,6 +118,23 @@ def test_is_its_parts_to_the_last_bit(
         assert torch.equal(got, want)
 
 
+@every_layer
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_without_output_maps_it_is_its_parts(
+    dtype: torch.dtype, crosses: bool, norm_first: bool
+) -> None:
+    layer = make_layer(dtype, crosses=crosses, norm_first=norm_first, bare=True)
+    x, sees, memory = make_arguments(crosses)
+    wide = torch.cat([x, x], 1)
+    # Rounding to few bits takes what differs in the last bit of fp32 to another step.
+    limit = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.int8: 2e-1}[dtype]
+    for options in ({}, {"chosen": torch.tensor([12, 0, 5, 5]), "content": 8}):
+        seen = sees.clamp(max=options.get("content", 99))  # type: ignore[call-overload]
+        got = packed_layer(wide[:, DIM:], layer, seen, memory=memory, **options)  # type: ignore[arg-type]
+        want = by_parts(x, layer, seen, memory, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(got, want, rtol=limit, atol=limit)
+
+
 class Module(nn.Module):
     """PyTorch's own attention and normalisation, sentence by sentence, in float64."""
 
@@ -129,13 +154,17 @@ class Module(nn.Module):
     def forward(self, h: Tensor, keys: Tensor | None, values: Tensor | None) -> Tensor:
         last = len(self.weights) - 1
 
+        bare = len(self.weights) < (4 if keys is None else 6)
+
         def self_attention(x: Tensor) -> Tensor:
-            return self.linear(1, self.attend(*self.linear(0, x).chunk(3, 1)))
+            y = self.attend(*self.linear(0, x).chunk(3, 1))
+            return y if bare else self.linear(1, y)
 
         def cross_attention(x: Tensor) -> Tensor:
             assert keys is not None and values is not None
-            y = self.attend(self.linear(2, x), keys.flatten(1), values.flatten(1))
-            return self.linear(3, y)
+            query = self.linear(1 if bare else 2, x)
+            y = self.attend(query, keys.flatten(1), values.flatten(1))
+            return y if bare else self.linear(3, y)
 
         def feed_forward(x: Tensor) -> Tensor:
             return self.linear(last, F.gelu(self.linear(last - 1, x)))
@@ -153,13 +182,14 @@ class Module(nn.Module):
 
 
 @every_layer
+@pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("run", ["operator", "reference"])
 def test_is_a_transformer_layer_of_each_sentence(
-    run: str, crosses: bool, norm_first: bool, monkeypatch: pytest.MonkeyPatch
+    run: str, bare: bool, crosses: bool, norm_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if run == "reference":
         monkeypatch.setattr(_OPERATOR, "call", _OPERATOR.reference)
-    layer = make_layer(torch.float32, crosses=crosses, norm_first=norm_first)
+    layer = make_layer(torch.float32, crosses=crosses, norm_first=norm_first, bare=bare)
     x, sees, memory = make_arguments(crosses)
     got = packed_layer(x, layer, sees, memory=memory)
     module, want = Module(layer), []
@@ -304,7 +334,11 @@ REJECTED: list[tuple[int, Any, str]] = [
     (3, [], "packed_layer: `column_sums` must have 6 tensors (one for each linear map, or none)"),
     (4, [torch.ones(1)] * 6, "packed_layer: `biases` must have shape [72] (3 C, then C each, F an"),
     (5, [torch.ones(DIM)], "packed_layer: `norms` must have 6 tensors (weight and bias for each"),
-    (5, [torch.ones(3)] * 6, "packed_linear: `norm_weight` must have shape [24] (columns of `weig"),
+    (
+        5,
+        [torch.ones(3)] * 6,
+        "packed_layer: `norms` must have shape [24] (channels of `x`), got [3]",
+    ),
     (6, torch.zeros(3, 1, 2).int(), "packed_layer: `intervals` must have shape [14, 1, 2] (rows o"),
     (6, torch.zeros(ROWS, 1, 2).long(), "packed_layer: `intervals` must have dtype int32, got in"),
     (7, None, "packed_layer: `values` must be given with `keys`, and only then, got it alone"),
