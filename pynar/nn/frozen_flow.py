@@ -85,7 +85,7 @@ class _Linear:
 
     def __call__(self, x: Tensor, context: _Context) -> Tensor:
         weights = self.back if context.inverse else self.there
-        call = OPERATORS["flow_linear"]
+        call = OPERATORS["flow_linear"].call
         y: Tensor = call(
             "flow_linear", x[None], context.count, *weights, self.layout, context.inverse
         )
@@ -128,7 +128,7 @@ class _Net:
             PackedLinear(net.feed_forward.inner.weight, net.feed_forward.inner.bias, dtype),
             PackedLinear(net.feed_forward.outer.weight, net.feed_forward.outer.bias, dtype),
         ]
-        norms = [part.detach() for norm in net.norms for part in (norm.weight, norm.bias)]
+        norms = [parameter.detach() for parameter in net.norms.parameters()]
         layer = PackedLayer(
             tuple(part.packed for part in maps),
             tuple(part.bias for part in maps),

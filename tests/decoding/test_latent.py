@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
+from bench import plain_flowseq
 from pynar.decoding import ImportanceWeighted, LatentArgmax, NoisyParallel
 from pynar.models import FlowSeq, build
 from pynar.models.flowseq import fill_with_eos
@@ -61,6 +62,17 @@ def test_argmax_is_the_mode_decoded(model: FlowSeq) -> None:
         assert found.lists()[row][0] == cut(tokens.tolist())
         torch.testing.assert_close(found.scores[row, 0], -logdet[0], rtol=1e-4, atol=1e-4)
     assert found.passes.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_argmax_in_plain_pytorch(model: FlowSeq, freeze: bool) -> None:
+    """Padded, masked, a call for each step: bench/plain_flowseq.py."""
+    lengths = torch.tensor([first_length(model, row) for row in range(3)])
+    found = LatentArgmax().decode(model.freeze() if freeze else model, SOURCE, LENGTHS)
+    with torch.inference_mode():
+        tokens = plain_flowseq.argmax(model, SOURCE, LENGTHS, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        assert found.lists()[row][0] == cut(tokens[row, :length].tolist())
 
 
 def test_of_several_samples_the_most_probable_is_taken(model: FlowSeq) -> None:
