@@ -245,6 +245,36 @@ class FlowSeq(TranslationModel):
             losses["kl"] = torch.stack([p.sum() for p in unused]).sum() * 0.0
         return losses
 
+    @torch.no_grad()
+    def diagnose(self, example: FlowSeqExample) -> dict[str, float]:  # type: ignore[override]
+        """Whether the latent variables are used, and by what.
+
+        All a step: `kl_token`, the KL divergence (near 0, the decoder does without z);
+        `prior_token`, the cross-entropy of the tokens given the prior's mode instead of the
+        posterior's sample (far above `token`, z says what the prior does not know of);
+        `posterior_mean_std` and `posterior_std`, over steps and within one; `logdet_0` and so on,
+        of every level of the flow.
+        """
+        batch, live = example.batch, example.labels != PAD
+        memory = self.encode(batch.source, batch.source_lengths)
+        posterior = self.infer(example.inputs, example.lengths, memory)
+        noise = example.noise.masked_fill(~live[..., None], 0)
+        z, steps = posterior.sample(noise), live.sum()
+        keys_values = self.prior.project(memory.states)
+        drawn, logdets = self.prior(z, example.lengths, keys_values, memory.lengths, by_level=True)
+        log_q = -0.5 * (posterior.log_variance + noise.square()).sum()
+        log_p = logdets.sum() - 0.5 * drawn.square().sum()
+        mode, _ = self.sample_prior(torch.zeros_like(noise), example.lengths, memory)
+        states = self.decode_latent(mode, example.lengths, memory, live)
+        found = {
+            "kl_token": (log_q - log_p) / steps,
+            "prior_token": self._token_loss(states, example.labels[live]) / steps,
+            "posterior_mean_std": posterior.mean[live].std(0, correction=0).mean(),
+            "posterior_std": (0.5 * posterior.log_variance[live]).exp().mean(),
+        }
+        levels = {f"logdet_{i}": total / steps for i, total in enumerate(logdets.sum(0))}
+        return {name: float(value) for name, value in (found | levels).items()}
+
     def _read(
         self, tokens: Tensor, lengths: Tensor, memory: Memory, kept: Tensor | None = None
     ) -> Tensor:

@@ -384,6 +384,7 @@ class Flow(nn.Module):
         *,
         inverse: bool = False,
         factors: tuple[Tensor, Tensor] | None = None,
+        by_level: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Maps latent states to noise, or noise to latent states if `inverse`.
 
@@ -394,9 +395,11 @@ class Flow(nn.Module):
             keys_values: from `project`.
             source_lengths: `[B]`.
             factors: from `factors`, if they are at hand.
+            by_level: gives the log-determinant of every level.
 
         Returns:
-            The result, `[B * n, T, C]`, zero in the padding, and the log-determinant, `[B * n]`.
+            The result, `[B * n, T, C]`, zero in the padding, and the log-determinant, `[B * n]` or
+            `[B * n, levels]`.
 
         Raises:
             ValueError: T is no multiple.
@@ -412,35 +415,37 @@ class Flow(nn.Module):
             halves = _Rows.of(lengths // 2, width // 2, source_lengths, z, self.dim)
             contexts.append(_Context(whole, halves, keys_values, factors))
             lengths, width = lengths // 2, width // 2
-        return self._sample(z, contexts) if inverse else self._encode(z, contexts)
+        x, logdets = self._sample(z, contexts) if inverse else self._encode(z, contexts)
+        return x, logdets if by_level else logdets.sum(1)
 
     def _encode(self, x: Tensor, contexts: list[_Context]) -> tuple[Tensor, Tensor]:
-        total = torch.zeros((), device=x.device)
+        totals = [x.new_zeros(len(x)) for _ in contexts]
         left: list[Tensor] = []
-        for level, context in zip(self.levels, contexts, strict=True):
+        for number, (level, context) in enumerate(zip(self.levels, contexts, strict=True)):
             for one in level:  # type: ignore[attr-defined]
                 x, logdet = one(x, context)
-                total = total + logdet
+                totals[number] = totals[number] + logdet
             if context is not contexts[-1]:
                 x, dropped, _ = squeeze_split(x, context.whole.lengths, self.dim // 2)
                 left.append(dropped)
         for dropped, context in zip(reversed(left), reversed(contexts[:-1]), strict=True):
             x = unsqueeze_join(x, dropped, context.whole.lengths)
-        return x, total
+        return x, torch.stack(totals, 1)
 
     def _sample(self, x: Tensor, contexts: list[_Context]) -> tuple[Tensor, Tensor]:
-        total = torch.zeros((), device=x.device)
+        totals = [x.new_zeros(len(x)) for _ in contexts]
         left: list[Tensor] = []
         for context in contexts[:-1]:
             x, dropped, _ = squeeze_split(x, context.whole.lengths, self.dim // 2)
             left.append(dropped)
-        for level, context in zip(reversed(self.levels), reversed(contexts), strict=True):
+        levels = [*enumerate(zip(self.levels, contexts, strict=True))]
+        for number, (level, context) in reversed(levels):
             if context is not contexts[-1]:
                 x = unsqueeze_join(x, left.pop(), context.whole.lengths)
             for one in reversed(level):  # type: ignore[call-overload]
                 x, logdet = one(x, context, inverse=True)
-                total = total + logdet
-        return x, total
+                totals[number] = totals[number] + logdet
+        return x, torch.stack(totals, 1)
 
     @torch.no_grad()
     def initialise(

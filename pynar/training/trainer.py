@@ -78,7 +78,8 @@ def train(
     Args:
         model: a model of `pynar.models`, or any module with `config`, `name`, `corrupt`,
             `loss_weights` and a `forward` from an example to loss sums; one that trains in phases
-            may have `weights_at` and `begin_update` as well (see `pynar.models.FlowSeq`).
+            may have `weights_at` and `begin_update` as well, and one that has more to log at
+            a validation `diagnose` (see `pynar.models.FlowSeq`).
         data_directory: what `pynar prepare` wrote; its split "valid" is used if there is one.
         output: see `pynar.training.output.RunDirectory` for the layout.
         init_from: a checkpoint whose weights a new run begins with, where name and shape agree.
@@ -263,7 +264,7 @@ class _Trainer:
         report.pause()
         figures = validator(self.updater)
         report.go_on()
-        more = {} if figures.bleu is None else {"bleu": figures.bleu}
+        more = figures.more if figures.bleu is None else {**figures.more, "bleu": figures.bleu}
         report.validation(progress.update, loss=figures.loss, **figures.losses, **more)
         entry = (figures.score(config.metric), progress.update)
         better = not progress.best or entry[0] > progress.best[0][0]

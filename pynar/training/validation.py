@@ -24,11 +24,15 @@ Translate = Callable[[nn.Module, Tokenizer, Sequence[str]], Sequence[str]]
 
 @dataclass(frozen=True)
 class Figures:
-    """One validation: the mean of every loss term, their weighted sum, and BLEU if wanted."""
+    """One validation: the mean of every loss term, their weighted sum, and BLEU if wanted.
+
+    `more` is what the model itself says of the first batch.
+    """
 
     losses: dict[str, float]
     loss: float
     bleu: float | None
+    more: dict[str, float]
 
     def score(self, metric: str) -> float:
         """The chosen metric, so that higher is better; what is not a number is worst."""
@@ -66,17 +70,19 @@ class Validator:
         updater.module.eval()
         try:
             with torch.no_grad():
-                losses = self._losses(updater)
+                losses, more = self._losses(updater)
                 bleu = self._bleu(updater.model) if self._translate is not None else None
         finally:
             updater.module.train()
         weights = updater.model.loss_weights
-        return Figures(losses, sum(weights[term] * loss for term, loss in losses.items()), bleu)
+        loss = sum(weights[term] * loss for term, loss in losses.items())
+        return Figures(losses, loss, bleu, more)
 
-    def _losses(self, updater: Updater) -> dict[str, float]:
+    def _losses(self, updater: Updater) -> tuple[dict[str, float], dict[str, float]]:
         device = self._fabric.device
         totals = torch.zeros(2, len(updater.terms), dtype=torch.float64, device=device)
         generator = torch.Generator(device)
+        more: dict[str, float] = {}
         for i, batch in enumerate(self._batches.epoch(0)):
             place = (self._config.seed, VALIDATION, 0, self._fabric.global_rank)
             noise, other = seeds(*place, i)
@@ -84,9 +90,12 @@ class Validator:
             example = updater.model.corrupt(batch.to(device), generator.manual_seed(noise))
             totals[0] += updater.forward(example)
             totals[1] += updater.counts(example)
+            if i == 0 and self._fabric.is_global_zero:
+                diagnose = getattr(updater.model, "diagnose", None)
+                more = {} if diagnose is None else diagnose(example)
         sums, counts = updater.reduce(totals).tolist()
         means = [s / c if c else math.nan for s, c in zip(sums, counts, strict=True)]
-        return dict(zip(updater.terms, means, strict=True))
+        return dict(zip(updater.terms, means, strict=True)), more
 
     def _bleu(self, model: nn.Module) -> float:
         bleu = self._measure(model) if self._fabric.is_global_zero else 0.0

@@ -115,6 +115,35 @@ def test_losses_are_those_of_the_paper() -> None:
     }
 
 
+def test_what_a_validation_logs() -> None:
+    model, batch = make_model(), make_batch()
+    example = make_example(model, batch)
+    found, losses = model.diagnose(example), model(example)
+    steps = int(example.lengths.sum())
+    assert found["kl_token"] == pytest.approx(losses["kl"].item() / steps)
+    stds, means, logdet, mode = [], [], 0.0, 0.0
+    for row in range(len(batch)):
+        one = alone(example, row)
+        memory = model.encode(one.batch.source, one.batch.source_lengths)
+        posterior = model.infer(one.inputs, one.lengths, memory)
+        stds.append((posterior.log_variance / 2).exp().flatten())
+        means.append(posterior.mean[0])
+        z = posterior.sample(one.noise)
+        logdet += (model.log_prior(z, one.lengths, memory)).item()
+        keys_values = model.prior.project(memory.states)
+        drawn, _ = model.prior(z, one.lengths, keys_values, memory.lengths)
+        logdet += 0.5 * drawn.square().sum().item()
+        zero, _ = model.sample_prior(torch.zeros_like(z), one.lengths, memory)
+        logits = model.logits(model.decode_latent(zero, one.lengths, memory))
+        mode += F.cross_entropy(logits[0], one.labels[0], reduction="sum").item()
+    assert found["posterior_std"] == pytest.approx(torch.cat(stds).mean().item())
+    spread = torch.cat(means).std(0, correction=0).mean().item()
+    assert found["posterior_mean_std"] == pytest.approx(spread)
+    assert found["prior_token"] == pytest.approx(mode / steps)
+    levels = [found[f"logdet_{i}"] for i in range(3)]
+    assert sum(levels) == pytest.approx(logdet / steps) and 0.0 not in levels
+
+
 def test_the_score_of_a_sample_is_that_of_encoding_it_again() -> None:
     model, batch = make_model(), make_batch()
     example = make_example(model, batch)

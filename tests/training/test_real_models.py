@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from standin import VOCABULARY, make_config
@@ -17,12 +19,22 @@ SIZES = {
 }
 
 
+# Small, and with its phases in sight.
+FLOWSEQ = {
+    "posterior_layers": 1,
+    "flow_steps": [1, 1],
+    "flow_ffn_dim": 8,
+    "posterior_updates": 2,
+    "kl_warmup_updates": 2,
+}
+
+
 def make(name):
     torch.manual_seed(0)
-    return build({"model": name, **SIZES})
+    return build({"model": name, **SIZES, **(FLOWSEQ if name == "flowseq" else {})})
 
 
-@pytest.mark.parametrize("name", ["autoregressive", "cmlm", "nat"])
+@pytest.mark.parametrize("name", ["autoregressive", "cmlm", "nat", "flowseq"])
 def test_a_resumed_run_is_the_uninterrupted_one_and_loads(data, tmp_path, name):
     train(make(name), data, tmp_path / "whole", make_config(max_updates=5))
     for end in (2, 5):
@@ -42,3 +54,14 @@ def test_student_takes_all_it_shares_with_the_teacher(data, tmp_path, capsys):
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("initialised"))
     left = line.split("left as they were: ")[1].split(", ")
     assert left and all(part.startswith("length.") for part in left)
+
+
+def test_a_validation_logs_what_the_model_says_of_itself(data, tmp_path):
+    train(make("flowseq"), data, tmp_path, make_config(max_updates=4, validate_every=2))
+    lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    found = [line for line in lines if line["event"] == "valid"]
+    names = {"kl_token", "prior_token", "posterior_mean_std", "posterior_std"}
+    assert len(found) == 2
+    assert all(names | {"logdet_0", "logdet_1", "kl"} <= line.keys() for line in found)
+    # On the same noise, but here of the first batch alone.
+    assert found[1]["kl_token"] == pytest.approx(found[1]["kl"], rel=0.2)
