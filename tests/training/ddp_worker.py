@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import torch
-from standin import StandIn, StandInConfig, make_batch, make_config
+from standin import VOCABULARY, StandIn, StandInConfig, make_batch, make_config
 
 from pynar.data import collate
+from pynar.models import build
 from pynar.training import NonFiniteError, train
 from pynar.training.devices import make_fabric
 from pynar.training.update import Updater
@@ -25,6 +26,15 @@ def batches_of(rank: int, update: int) -> list:
     for i, lengths in enumerate(UPDATES[update][rank]):
         made.append(make_batch(lengths, 10 * rank + i) if lengths else collate([], []))
     return made
+
+
+def make_flowseq() -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = {"source_vocabulary": VOCABULARY, "target_vocabulary": VOCABULARY, "dim": 16}
+    layers = {"encoder_layers": 1, "posterior_layers": 1, "decoder_layers": 1, "heads": 2}
+    flow = {"ffn_dim": 16, "flow_ffn_dim": 8, "flow_steps": [1, 1]}
+    phases = {"posterior_updates": 2, "kl_warmup_updates": 2}
+    return build({"model": "flowseq", **sizes, **layers, **flow, **phases})
 
 
 class OneSided(StandIn):
@@ -58,6 +68,10 @@ def main(data: Path, output: Path) -> None:
     train(StandIn(wide), data, output / "whole", make_config(max_updates=9))
     for end in (4, 9):
         train(StandIn(wide), data, output / "parts", make_config(max_updates=end))
+    # The prior takes part from the third update on, and is fitted to a batch there.
+    train(make_flowseq(), data, output / "flowseq-whole", make_config(max_updates=5))
+    for end in (2, 5):
+        train(make_flowseq(), data, output / "flowseq-parts", make_config(max_updates=end))
     try:
         train(OneSided(), data, output / "stops", make_config(max_updates=30, non_finite_limit=2))
     except NonFiniteError as error:

@@ -47,8 +47,9 @@ def test_three_processes_make_the_updates_of_one(output):
         torch.testing.assert_close(theirs, weight)
 
 
-def test_three_processes_resume_bit_for_bit(output):
-    whole, parts = output / "whole/last", output / "parts/last"
+@pytest.mark.parametrize("run", ["", "flowseq-"])
+def test_three_processes_resume_bit_for_bit(output, run):
+    whole, parts = output / f"{run}whole/last", output / f"{run}parts/last"
     torch.testing.assert_close(
         checkpoint.load_weights(parts), checkpoint.load_weights(whole), rtol=0, atol=0
     )
