@@ -19,6 +19,7 @@ from pynar.nn.frozen import DTYPES
 from pynar.nn.frozen_flow import FrozenFlow
 from pynar.nn.length import LengthPredictor
 from pynar.nn.transformer import Decoder, Memory
+from pynar.nn.transforms import TRANSFORMS
 from pynar.ops import padding_intervals
 from pynar.symbols import BOS, EOS, MASK, PAD
 
@@ -47,6 +48,7 @@ class FlowSeqConfig(CMLMConfig):
     token_dropout: float = 0.2
     flow_steps: tuple[int, ...] = (4, 4, 2)
     flow_ffn_dim: int = 512
+    flow_transform: str = "affine"
     position_attention: bool = True
     posterior_updates: int = 30000
     kl_warmup_updates: int = 10000
@@ -57,6 +59,11 @@ class FlowSeqConfig(CMLMConfig):
             raise ValueError(f"`posterior_layers` must be positive, got {self.posterior_layers}")
         if not self.flow_steps or min(self.flow_steps) < 1:
             raise ValueError(f"`flow_steps` must be positive, got {list(self.flow_steps)}")
+        if self.flow_transform not in TRANSFORMS:
+            raise ValueError(
+                f"`flow_transform` must be one of {', '.join(TRANSFORMS)}, "
+                f"got {self.flow_transform!r}"
+            )
         if not 0 <= self.token_dropout < 1:
             raise ValueError(f"`token_dropout` must be in [0, 1), got {self.token_dropout}")
         for field in ("posterior_std", "posterior_updates", "kl_warmup_updates"):
@@ -154,6 +161,7 @@ class FlowSeq(TranslationModel):
             heads=config.heads,
             steps=config.flow_steps,
             position_attention=config.position_attention,
+            transform=config.flow_transform,
         )
         for module in (self.length, self.posterior, self.gather, self.prior):
             module.apply(self._initialise)

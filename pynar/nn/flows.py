@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from pynar.nn.dropout import Dropout
 from pynar.nn.embedding import sinusoids
 from pynar.nn.transformer import FeedForward, KeysValues
+from pynar.nn.transforms import TRANSFORMS
 from pynar.ops import (
     actnorm,
-    affine_coupling,
     batched_logdet,
     flow_linear,
     interval_attention,
@@ -179,14 +179,21 @@ class PositionAttention(nn.Module):
 
 
 class _CouplingNet(nn.Module):
-    """One decoder layer, post-norm, and a linear map to shift and scale.
+    """One decoder layer, post-norm, and a linear map to the `outputs` for each channel.
 
     Attention has no output projection, as in the released code. Keys and values of the source
     come from `Flow.project`.
     """
 
     def __init__(
-        self, dim: int, hidden: int, heads: int, *, dropout: float, attends_by_position: bool
+        self,
+        dim: int,
+        hidden: int,
+        heads: int,
+        *,
+        outputs: int,
+        dropout: float,
+        attends_by_position: bool,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -196,7 +203,7 @@ class _CouplingNet(nn.Module):
         self.feed_forward = FeedForward(dim, hidden, "relu")
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
         self.dropout = Dropout(dropout)
-        self.output = WeightNormLinear(dim, 2 * dim)
+        self.output = WeightNormLinear(dim, outputs * dim)
 
     def forward(self, x: Tensor, rows: _Rows, source: tuple[Tensor, Tensor]) -> Tensor:
         if self.positions is None:
@@ -214,7 +221,7 @@ class _CouplingNet(nn.Module):
 
 
 class Coupling(nn.Module):
-    """Scales and shifts one half of the states by what a network makes of the other.
+    """Transforms one half of the states by what a network makes of the other.
 
     Args:
         dim: channels of the states.
@@ -222,6 +229,7 @@ class Coupling(nn.Module):
             "steps", even and odd steps.
         up: the first half decides about the second; otherwise the reverse.
         number: of the coupling in its flow.
+        transform: of `pynar.nn.transforms`.
         attends_by_position: whether the network gathers its input by `PositionAttention`.
     """
 
@@ -234,14 +242,21 @@ class Coupling(nn.Module):
         split: str,
         up: bool,
         number: int,
+        transform: str = "affine",
         dropout: float = 0.0,
         attends_by_position: bool = False,
     ) -> None:
         super().__init__()
         self.split, self.up, self.number = split, up, number
         self.width = dim if split == "steps" else dim // 2
+        self.transform = TRANSFORMS[transform]
         self.net = _CouplingNet(
-            self.width, hidden, heads, dropout=dropout, attends_by_position=attends_by_position
+            self.width,
+            hidden,
+            heads,
+            outputs=self.transform.parameters,
+            dropout=dropout,
+            attends_by_position=attends_by_position,
         )
 
     def forward(self, x: Tensor, context: _Context, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -249,8 +264,7 @@ class Coupling(nn.Module):
         first, second = self._halves(x)
         given, changed = (first, second) if self.up else (second, first)
         net = self.net(given, rows, context.keys_values[self.number])
-        shift, raw_scale = net.chunk(2, -1)
-        changed, logdet = affine_coupling(changed, rows.lengths, shift, raw_scale, inverse=inverse)
+        changed, logdet = self.transform.apply(changed, rows.lengths, net, inverse)
         return self._join(*((given, changed) if self.up else (changed, given))), logdet
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -288,6 +302,7 @@ class Flow(nn.Module):
         steps: of each level, from the bottom.
         dropout: in the coupling networks.
         position_attention: whether levels begin with a positional unit.
+        transform: what couplings do, "affine", "additive" or "nlsq" (`pynar.nn.transforms`).
     """
 
     def __init__(
@@ -300,8 +315,13 @@ class Flow(nn.Module):
         steps: Sequence[int] = (4, 4, 2),
         dropout: float = 0.0,
         position_attention: bool = True,
+        transform: str = "affine",
     ) -> None:
         super().__init__()
+        if transform not in TRANSFORMS:
+            raise ValueError(
+                f"Flow: `transform` must be one of {', '.join(TRANSFORMS)}, got {transform!r}"
+            )
         if not steps or min(steps) < 1:
             raise ValueError(f"Flow: `steps` must be positive numbers, got {list(steps)}")
         if (dim // 2) % heads:
@@ -321,6 +341,7 @@ class Flow(nn.Module):
                 split=split,
                 up=up,
                 number=len(couplings),
+                transform=transform,
                 dropout=dropout,
                 attends_by_position=attends_by_position,
             )
@@ -454,7 +475,8 @@ class Flow(nn.Module):
         """Fits the flow to a batch (data-dependent initialisation, Kingma and Dhariwal 2018).
 
         The states after every actnorm have mean 0 and variance 1 over the live steps, and every
-        coupling begins as a multiplication by sigmoid(2), whatever the source.
+        coupling begins as if its network gave zeros, whatever the source: an affine one as a
+        multiplication by sigmoid(2), others as the identity.
         """
 
         def fit(module: ActNorm, arguments: tuple[Tensor, _Context]) -> None:

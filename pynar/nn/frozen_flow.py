@@ -156,6 +156,7 @@ class _Coupling:
         self.halves, self.join = module._halves, module._join
         self.up, self.number = module.up, module.number
         self.by_steps = module.split == "steps"
+        self.apply = module.transform.apply
         self.net = _Net(module.net, dtype)
 
     def __call__(self, x: Tensor, context: _Context) -> Tensor:
@@ -164,11 +165,8 @@ class _Coupling:
         first, second = (part[0] for part in self.halves(x[None]))
         given, changed = (first, second) if self.up else (second, first)
         net = self.net(given, level, context.keys_values[self.number])
-        shift, raw_scale = net[:, None].chunk(2, 2)
         # Each row is a sequence of one step, which has a log-determinant of its own.
-        changed, logdet = OPERATORS["affine_coupling"](
-            changed[:, None], level.ones, shift, raw_scale, context.inverse
-        )
+        changed, logdet = self.apply(changed[:, None], level.ones, net[:, None], context.inverse)
         context.logdets.append(logdet)
         pair = (given, changed[:, 0]) if self.up else (changed[:, 0], given)
         return self.join(*(part[None] for part in pair))[0]

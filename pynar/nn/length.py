@@ -11,19 +11,46 @@ from pynar.nn.attention import padding_mask
 __all__ = ["LengthPredictor"]
 
 
+COMPONENTS = 5  # of the mixture of logistics
+MIN_LOG_SCALE = -7.0
+
+
+def logistic_mixture(parameters: Tensor, classes: int) -> Tensor:
+    r"""Log-probabilities `[B, classes]` of a discretised mixture of logistic distributions.
+
+    Classes are bins around (k - R) / R, R = `classes`//2, half a step to both sides; the first and
+    the last one reach to infinity. `parameters: [B, 3 n]` are logits, means and logarithms of the
+    scales of n components (Salimans et al. 2017, section 2.1, in FlowSeq for differences of
+    length).
+    """
+    logits, means, log_scales = parameters.float().unflatten(-1, (3, 1, -1)).unbind(1)
+    log_scales = log_scales.clamp(min=MIN_LOG_SCALE)
+    radius = max(classes // 2, 1)
+    places = torch.arange(classes, device=parameters.device)[:, None] - classes // 2
+    above = (((places + 0.5) / radius) - means) * (-log_scales).exp()
+    below = (((places - 0.5) / radius) - means) * (-log_scales).exp()
+    # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)).
+    left, right = F.logsigmoid(above), F.logsigmoid(-below)
+    width = (-(-(-log_scales).exp() / radius).expm1()).log()
+    mass = torch.where(places == -(classes // 2), left, left + right + width)
+    mass = torch.where(places == classes - 1 - classes // 2, right, mass)
+    return (logits.log_softmax(-1) + mass).logsumexp(-1)
+
+
 class LengthPredictor(nn.Module):
     """Classifies the target length from the pooled encoder states.
 
     `pooling="mean"` takes the mean of the live states; `"sum"` their sum, from which a linear map
     can count: each source token adds the target tokens it stands for.
     `kind="absolute"` has one class a length 1 ... `classes`; `kind="difference"` one class a
-    difference T - S from -`classes`//2 up. Target lengths outside the range train the nearest
+    difference T - S from -`classes`//2 up; `"logistic"` has the same classes, but few numbers for
+    all of them: see `logistic_mixture`. Target lengths outside the range train the nearest
     class, and lengths above `longest` are not predicted. Only multiples of `multiple` are (for
     models that fill their targets). (Ghazvininejad et al. 2019; the pooled form is that of the
     public NAT toolkits.)
     """
 
-    KINDS = ("absolute", "difference")
+    KINDS = ("absolute", "difference", "logistic")
     POOLINGS = ("mean", "sum")
 
     def __init__(
@@ -48,7 +75,7 @@ class LengthPredictor(nn.Module):
                 f"LengthPredictor: `kind` must be one of {', '.join(self.KINDS)}, got {kind!r}"
             )
         self.kind, self.classes, self.longest, self.multiple = kind, classes, longest, multiple
-        self.output = nn.Linear(dim, classes)
+        self.output = nn.Linear(dim, 3 * COMPONENTS if kind == "logistic" else classes)
 
     def _lengths(self, source_lengths: Tensor) -> Tensor:
         """The length every class stands for, `[B, classes]`; some are impossible."""
@@ -64,6 +91,8 @@ class LengthPredictor(nn.Module):
         if self.pooling == "mean":
             pooled = pooled / source_lengths[:, None]
         logits = self.output(pooled.to(states.dtype)).float()
+        if self.kind == "logistic":
+            logits = logistic_mixture(logits, self.classes)
         lengths = self._lengths(source_lengths)
         impossible = (lengths < 1) | (lengths % self.multiple != 0)
         if self.longest is not None:

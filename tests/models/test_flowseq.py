@@ -229,6 +229,7 @@ def test_how_the_posterior_begins(std: float) -> None:
         ({"flow_steps": [1, 0]}, "`flow_steps`"),
         ({"posterior_layers": 0}, "`posterior_layers`"),
         ({"token_dropout": 1.0}, "`token_dropout`"),
+        ({"flow_transform": "cubic"}, "`flow_transform` must be one of affine, additive, nlsq"),
         ({"dim": 12, "heads": 2}, "multiple of 8"),
         ({"kl_warmup_updates": -1}, "`kl_warmup_updates`"),
     ],

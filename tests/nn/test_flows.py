@@ -57,9 +57,10 @@ def test_sampling_undoes_encoding_and_pads_are_zero(
     torch.testing.assert_close(negative, -logdet)
 
 
+@pytest.mark.parametrize("transform", ["affine", "additive", "nlsq"])
 @pytest.mark.parametrize("inverse", [False, True])
-def test_the_log_determinant_is_that_of_the_jacobian(inverse: bool) -> None:
-    flow, (z, source) = make_flow(), make_inputs()
+def test_the_log_determinant_is_that_of_the_jacobian(inverse: bool, transform: str) -> None:
+    flow, (z, source) = make_flow(transform=transform), make_inputs()
     one, length = slice(1, 2), int(LENGTHS[1])
     rest = LENGTHS[one], flow.project(source[one]), SOURCE_LENGTHS[one]
     call = functools.partial(_called, flow, rest, inverse)

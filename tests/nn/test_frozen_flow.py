@@ -41,7 +41,15 @@ def make_inputs() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"steps": (2,)}, {"steps": (1, 1)}, {"position_attention": False}, {"heads": 4}],
+    [
+        {},
+        {"transform": "nlsq"},
+        {"transform": "additive"},
+        {"steps": (2,)},
+        {"steps": (1, 1)},
+        {"position_attention": False},
+        {"heads": 4},
+    ],
     ids=str,
 )
 def test_maps_as_the_flow_does(changes: dict[str, object], inverse: bool) -> None:

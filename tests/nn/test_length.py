@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pynar.nn.length import LengthPredictor
+from pynar.nn.length import COMPONENTS, LengthPredictor, logistic_mixture
 from pynar.testing import tolerance
 
 CLOSE = tolerance("cpu", torch.float32)
-KINDS = ("absolute", "difference")
+KINDS = ("absolute", "difference", "logistic")
 
 
 def make(
@@ -18,6 +18,21 @@ def make(
     return layer
 
 
+def mixture(parameters: list[float], classes: int) -> list[float]:
+    """Logarithms of differences of the distribution functions of logistics."""
+    weights, means, scales = torch.tensor(parameters, dtype=torch.float64).view(3, -1)
+    radius = max(classes // 2, 1)
+    found = []
+    for k in range(classes):
+        ends = []
+        for edge in ((k - classes // 2 + 0.5) / radius, (k - classes // 2 - 0.5) / radius):
+            ends.append(((edge - means) / scales.exp()).sigmoid())
+        above = torch.ones_like(means) if k == classes - 1 else ends[0]
+        below = torch.zeros_like(means) if k == 0 and classes > 1 else ends[1]
+        found.append((weights.softmax(0) * (above - below)).sum().log().item())
+    return found
+
+
 def distribution(
     layer: LengthPredictor, states: torch.Tensor, source_length: int
 ) -> dict[int, float]:
@@ -25,6 +40,8 @@ def distribution(
     live = states[:source_length].double()
     pooled = live.mean(0) if layer.pooling == "mean" else live.sum(0)
     logits = (layer.output.weight.double() @ pooled + layer.output.bias.double()).tolist()
+    if layer.kind == "logistic":
+        logits = mixture(logits, layer.classes)
     first = 1 if layer.kind == "absolute" else source_length - layer.classes // 2
     longest = layer.longest or 10**6
     possible = {first + i: x for i, x in enumerate(logits) if 1 <= first + i <= longest}
@@ -139,5 +156,17 @@ def test_padding_is_inert_even_where_it_is_not_a_number() -> None:
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="one of absolute, difference, got 'relative'"):
+    with pytest.raises(ValueError, match="one of absolute, difference, logistic, got 'relative'"):
         LengthPredictor(8, kind="relative", classes=6)
+
+
+def test_sharp_logistics_stay_finite() -> None:
+    """Where the distribution function is flat on both sides of a bin."""
+    parameters = torch.zeros(1, 3 * COMPONENTS)
+    parameters[:, COMPONENTS:] = torch.tensor([0.0, 3.0, -9.0, 0.2, 0.9] + [-50.0] * COMPONENTS)
+    parameters.requires_grad_()
+    log_probs = logistic_mixture(parameters, 41)
+    assert log_probs.isfinite().all()
+    torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(1))
+    log_probs.sum().backward()
+    assert parameters.grad is not None and parameters.grad.isfinite().all()
