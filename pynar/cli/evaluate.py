@@ -15,7 +15,7 @@ import pynar
 from pynar.cli.decoding import add_freeze_argument, frozen, parse_model
 from pynar.data import read_lines
 from pynar.decoding import LineTranslator, RescoringTranslator, Strategy, strategy
-from pynar.evaluation import compare, evaluate, machine, measure_speed
+from pynar.evaluation import compare, diversity, evaluate, machine, measure_speed
 from pynar.evaluation.benchmark.systems import describe
 from pynar.evaluation.metrics import Quality
 
@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoints to translate with and to time, e.g. runs/cmlm/best:iterations=4; an "
         "autoregressive one is measured with greedy search and with beam search; "
         "strategy=NAME and rescorer=DIR are options, too",
+    )
+    parser.add_argument(
+        "--diversity",
+        action="store_true",
+        help="also how much the systems' translations differ from each other, as samples of one",
     )
     parser.add_argument("--latency-sentences", type=int, default=100)
     parser.add_argument("--bootstrap", type=int, default=1000, help="samples; 0 leaves it out")
@@ -73,8 +78,15 @@ def run(options: argparse.Namespace) -> None:
     _print(rows)
     if len(systems) > 1 and options.bootstrap:
         _print_comparison(systems, references, options.bootstrap)
+    content: dict[str, object] = {"machine": machine(options.device), "rows": rows}
+    if options.diversity:
+        found = diversity([lines for _, lines in systems], references)
+        content["diversity"] = dataclasses.asdict(found)
+        print(
+            f"diversity of {len(systems)}: pairwise BLEU {found.pairwise_bleu:.2f}, "
+            f"BLEU {found.reference_bleu:.2f}  ({found.signature})"
+        )
     if options.json:
-        content = {"machine": machine(options.device), "rows": rows}
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations, permutations
 
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.significance import PairedTest, Result
 
-__all__ = ["Comparison", "Quality", "compare", "evaluate", "length_ratio", "repetition"]
+__all__ = [
+    "Comparison",
+    "Diversity",
+    "Quality",
+    "compare",
+    "diversity",
+    "evaluate",
+    "length_ratio",
+    "repetition",
+]
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,49 @@ def compare(
         for name, result in zip(names, results, strict=True)
         if isinstance(result, Result)
     ]
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """How much several translations of the same text differ, and how good they are; BLEU, percent.
+
+    100 for `pairwise_bleu` means that all are the same. `reference_bleu` is a mean over them.
+    """
+
+    pairwise_bleu: float
+    reference_bleu: float
+    signature: str
+
+
+def diversity(samples: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Diversity:
+    """Scores n translations of a text, each a sequence of lines (Shen et al. 2019, section 4).
+
+    Pairwise BLEU takes each translation with each other one as its reference. Against several
+    references BLEU is the mean of what is found with each of them left out, as for a human's
+    translation that is one of them.
+
+    Raises:
+        ValueError: fewer than two translations, or streams of different lengths.
+    """
+    if isinstance(samples, str) or len(samples) < 2:
+        raise ValueError(f"diversity: expected at least two translations, got {len(samples)}")
+    for stream in samples:
+        _check(stream, references)
+    bleu = BLEU()
+
+    def mean(pairs: Iterable[tuple[Sequence[str], list[Sequence[str]]]]) -> float:
+        found = [
+            bleu.corpus_score(list(lines), [list(stream) for stream in against]).score
+            for lines, against in pairs
+        ]
+        return sum(found) / len(found)
+
+    left_out = [list(rest) for rest in combinations(references, max(len(references) - 1, 1))]
+    return Diversity(
+        mean((one, [other]) for one, other in permutations(samples, 2)),
+        mean((one, rest) for one in samples for rest in left_out),
+        str(bleu.get_signature()),
+    )
 
 
 def _metrics() -> dict[str, BLEU | CHRF | TER]:

@@ -189,9 +189,11 @@ def test_evaluate_scores_and_times_models_beside_files(place: Path, tmp_path: Pa
     run(
         *("evaluate", "--reference", place / "test.target", "--source", place / "test.source"),
         *("--hypothesis", place / "test.target", "--model", *models),
-        *("--latency-sentences", 2, "--bootstrap", 20, "--json", results),
+        *("--latency-sentences", 2, "--bootstrap", 20, "--json", results, "--diversity"),
     )
-    rows = json.loads(results.read_text())["rows"]
+    written = json.loads(results.read_text())
+    rows = written["rows"]
+    assert 0 <= written["diversity"]["pairwise_bleu"] <= 100
     # The autoregressive model stands there with greedy search and with its beam.
     assert len(rows) == 4
     assert rows[0]["bleu"] == pytest.approx(100) and "p50_ms" not in rows[0]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import sacrebleu
 
-from pynar.evaluation import compare, evaluate
+from pynar.evaluation import compare, diversity, evaluate
 from pynar.evaluation.metrics import length_ratio, repetition
 
 REFERENCES = ["the cat sat on the mat .", "a dog runs .", "it is late"]
@@ -75,3 +75,24 @@ def test_streams_that_do_not_fit_are_refused(hypotheses, references, message) ->
 def test_a_comparison_needs_two_systems() -> None:
     with pytest.raises(ValueError, match="a baseline and other systems, got 1"):
         compare([("a", ["x"])], [["x"]])
+
+
+def test_diversity_is_the_mean_over_pairs_and_over_references_left_out() -> None:
+    third = ["the cat is on the mat .", "dogs run fast here .", "it is very late"]
+    samples, references = [REFERENCES, HYPOTHESES, third], [third, REFERENCES]
+
+    def bleu(lines: list[str], *against: list[str]) -> float:
+        return sacrebleu.corpus_bleu(lines, list(against)).score
+
+    found = diversity(samples, references)
+    pairs = [(a, b) for a in samples for b in samples if a is not b]
+    assert found.pairwise_bleu == pytest.approx(sum(bleu(a, b) for a, b in pairs) / 6)
+    each = [bleu(one, reference) for one in samples for reference in references]
+    assert found.reference_bleu == pytest.approx(sum(each) / 6)
+    one = diversity([HYPOTHESES, HYPOTHESES], [REFERENCES])
+    assert one.pairwise_bleu == pytest.approx(100)
+    assert one.reference_bleu == pytest.approx(bleu(HYPOTHESES, REFERENCES))
+    with pytest.raises(ValueError, match="at least two translations, got 1"):
+        diversity([HYPOTHESES], [REFERENCES])
+    with pytest.raises(ValueError, match="must have as many lines"):
+        diversity([HYPOTHESES, third[:2]], [REFERENCES])
