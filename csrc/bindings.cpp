@@ -1,5 +1,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <string>
+#include <tuple>
+#include <utility>
 
 #include "common/cpu.h"
 #include "common/operators.h"
@@ -60,13 +63,63 @@ int num_cuda_devices() {
   return count;
 }
 
+// Binds an operator. To pybind11 all of them are one type of function, of any arguments: a function
+// type of its own for each takes the compiler three times as long.
+using Anything = void (*)();
+using Call = py::object (*)(Anything function, const py::args& arguments);
+
+[[gnu::noinline]] void check_count(const py::args& arguments, size_t wanted) {
+  if (arguments.size() == wanted) return;
+  throw py::type_error("expected " + std::to_string(wanted) + " arguments, got " +
+                       std::to_string(arguments.size()));
+}
+
+[[gnu::noinline]] void refuse(const py::args& arguments, size_t number) {
+  const std::string type = py::str(py::type::of(arguments[number]).attr("__name__"));
+  throw py::type_error("argument " + std::to_string(number) + " cannot be a " + type);
+}
+
+// Other Python threads run while a kernel does.
+template <typename Result, typename... Arguments, size_t... kNumber>
+py::object call(Anything function, const py::args& arguments, std::index_sequence<kNumber...>) {
+  check_count(arguments, sizeof...(Arguments));
+  std::tuple<py::detail::make_caster<Arguments>...> casters;
+  [[maybe_unused]] const auto load = [&](auto& caster, size_t number) {
+    if (!caster.load(PyTuple_GET_ITEM(arguments.ptr(), number), true)) refuse(arguments, number);
+  };
+  (load(std::get<kNumber>(casters), kNumber), ...);
+  const auto run = [&] {
+    const py::gil_scoped_release release;
+    return reinterpret_cast<Result (*)(Arguments...)>(function)(
+        py::detail::cast_op<Arguments>(std::get<kNumber>(casters))...);
+  };
+  if constexpr (std::is_void_v<Result>) {
+    run();
+    return py::none();
+  } else {
+    return py::cast(run());
+  }
+}
+
+[[gnu::noinline]] void define(py::module_& m, const char* name, Anything function, Call call) {
+  m.def(name, [function, call](const py::args& arguments) { return call(function, arguments); });
+}
+
+template <typename Result, typename... Arguments>
+void define(py::module_& m, const char* name, Result (*function)(Arguments...)) {
+  define(m, name, reinterpret_cast<Anything>(function),
+         [](Anything function, const py::args& arguments) {
+           return call<Result, Arguments...>(function, arguments,
+                                             std::index_sequence_for<Arguments...>());
+         });
+}
+
 }  // namespace
 }  // namespace pynar
 
 PYBIND11_MODULE(_C, m) {
+  using pynar::define;
   using pynar::LaunchPlan;
-  // Other Python threads run while a kernel does.
-  using Release = py::call_guard<py::gil_scoped_release>;
 
   py::class_<LaunchPlan>(m, "LaunchPlan")
       .def_readonly("source", &LaunchPlan::source)
@@ -82,28 +135,28 @@ PYBIND11_MODULE(_C, m) {
         return kernels;
       });
 
-  m.def("actnorm", &pynar::actnorm, Release());
-  m.def("actnorm_backward", &pynar::actnorm_backward, Release());
-  m.def("affine_coupling", &pynar::affine_coupling, Release());
-  m.def("affine_coupling_backward", &pynar::affine_coupling_backward, Release());
-  m.def("batched_logdet", &pynar::batched_logdet, Release());
-  m.def("batched_logdet_most_bytes", &pynar::batched_logdet_most_bytes);
-  m.def("divergence_cross_entropy", &pynar::divergence_cross_entropy, Release());
-  m.def("divergence_cross_entropy_backward", &pynar::divergence_cross_entropy_backward, Release());
-  m.def("flow_linear", &pynar::flow_linear, Release());
-  m.def("flow_linear_backward", &pynar::flow_linear_backward, Release());
-  m.def("flow_linear_backward_workspace", &pynar::flow_linear_backward_workspace);
-  m.def("linear_argmax", &pynar::linear_argmax, Release());
-  m.def("linear_argmax_workspace", &pynar::linear_argmax_workspace);
-  m.def("packed_layer", &pynar::packed_layer, Release());
-  m.def("packed_linear", &pynar::packed_linear, Release());
-  m.def("interval_attention", &pynar::interval_attention, Release());
-  m.def("interval_attention_backward", &pynar::interval_attention_backward, Release());
-  m.def("interval_attention_backward_workspace", &pynar::interval_attention_backward_workspace);
-  m.def("mask_predict_step", &pynar::mask_predict_step, Release());
-  m.def("mask_predict_step_workspace", &pynar::mask_predict_step_workspace);
-  m.def("squeeze", &pynar::squeeze, Release());
-  m.def("unsqueeze", &pynar::unsqueeze, Release());
+  define(m, "actnorm", &pynar::actnorm);
+  define(m, "actnorm_backward", &pynar::actnorm_backward);
+  define(m, "affine_coupling", &pynar::affine_coupling);
+  define(m, "affine_coupling_backward", &pynar::affine_coupling_backward);
+  define(m, "batched_logdet", &pynar::batched_logdet);
+  define(m, "batched_logdet_most_bytes", &pynar::batched_logdet_most_bytes);
+  define(m, "divergence_cross_entropy", &pynar::divergence_cross_entropy);
+  define(m, "divergence_cross_entropy_backward", &pynar::divergence_cross_entropy_backward);
+  define(m, "flow_linear", &pynar::flow_linear);
+  define(m, "flow_linear_backward", &pynar::flow_linear_backward);
+  define(m, "flow_linear_backward_workspace", &pynar::flow_linear_backward_workspace);
+  define(m, "linear_argmax", &pynar::linear_argmax);
+  define(m, "linear_argmax_workspace", &pynar::linear_argmax_workspace);
+  define(m, "packed_layer", &pynar::packed_layer);
+  define(m, "packed_linear", &pynar::packed_linear);
+  define(m, "interval_attention", &pynar::interval_attention);
+  define(m, "interval_attention_backward", &pynar::interval_attention_backward);
+  define(m, "interval_attention_backward_workspace", &pynar::interval_attention_backward_workspace);
+  define(m, "mask_predict_step", &pynar::mask_predict_step);
+  define(m, "mask_predict_step_workspace", &pynar::mask_predict_step_workspace);
+  define(m, "squeeze", &pynar::squeeze);
+  define(m, "unsqueeze", &pynar::unsqueeze);
 
   m.def("build_info", &pynar::build_info);
   m.def("num_threads", &pynar::num_threads);
@@ -116,6 +169,6 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("set_simd_level", &pynar::set_isa);
   m.def("set_use_nvrtc", &pynar::set_use_nvrtc);
-  m.def("multiply_in_cache", &pynar::multiply_in_cache, Release());
-  m.def("read_all", &pynar::read_all, Release());
+  define(m, "multiply_in_cache", &pynar::multiply_in_cache);
+  define(m, "read_all", &pynar::read_all);
 }

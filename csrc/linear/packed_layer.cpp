@@ -10,6 +10,7 @@
 //
 // y [M, C] are the `chosen` rows [M], or all N of them.
 #include <algorithm>
+#include <exception>
 #include <initializer_list>
 #include <memory>
 #include <optional>
@@ -20,12 +21,18 @@
 #include "common/parallel.h"
 #include "linear/packed_linear.h"
 
+// It copies and adds rows; see csrc/attention/interval_tiles.cpp.
+#pragma GCC optimize("O2")
+
 namespace pynar {
 namespace {
 
 constexpr const char* kName = "packed_layer";
 // A second thread is not worth it for fewer numbers.
 constexpr int64_t kGrain = 1 << 15;
+// With so many rows a thread, each goes through the whole layer with its own. With fewer they share
+// the columns of every product, since then reading the weights takes most of the time.
+constexpr int64_t kRowsToShare = 4;
 
 // A tensor in memory of our own. It stays where it is, since the tensor points into it.
 class View {
@@ -207,62 +214,103 @@ void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
   float* const qkv = memory.get();
   float* const buffer[] = {qkv + 3 * rows * dim, qkv + 3 * rows * dim + size,
                            qkv + 3 * rows * dim + 2 * size, qkv + 3 * rows * dim + 3 * size};
-  const View inner(buffer[3] + size, wanted, hidden);
-  const View lse(buffer[3] + size + wanted * hidden, wanted, heads);
+  float* const inner_rows = buffer[3] + size;
+  float* const lse_rows = inner_rows + wanted * hidden;
   const auto of_heads = [&](float* data, int64_t count, int64_t stride) {
     return View(data, kFloat32, {count, heads, dim / heads}, {stride, dim / heads, 1});
   };
-  std::vector<int32_t> chosen_intervals;
-  const auto attend = [&](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sees,
-                          float* out) {
-    // The scale is in the queries' weight.
-    const View y = of_heads(out, wanted, dim);
-    if (!chosen) {
-      interval_attention(q, k, v, sees, 1.0, y, lse);
-      return;
-    }
-    const int64_t count = sees.size(1);
-    chosen_intervals.clear();
-    for (int64_t i = 0; i < wanted; ++i) {
-      const int64_t row = chosen->data<int64_t>()[i * chosen->stride(0)];
-      const int32_t* interval = sees.data<int32_t>() + row * sees.stride(0);
-      for (int64_t r = 0; r < count; ++r, interval += sees.stride(1)) {
-        chosen_intervals.push_back(interval[0]);
-        chosen_intervals.push_back(interval[sees.stride(2)]);
-      }
-    }
-    const View rows_see(chosen_intervals.data(), kInt32, {wanted, count, 2}, {2 * count, 2, 1});
-    interval_attention(q, k, v, rows_see, 1.0, y, lse);
-  };
-
-  layer.enter(0, x, View(qkv, rows, 3 * dim));
   const View k = of_heads(qkv + dim, content, 3 * dim);
   const View v = of_heads(qkv + 2 * dim, content, 3 * dim);
-  const View states(buffer[0], wanted, dim);
-  const View attended(buffer[1], wanted, dim);
-  const auto leave = [&](size_t part, size_t map, const Tensor& residual, const Tensor& out) {
-    if (bare) return layer.leave(part, attended, residual, out);
-    layer.leave(part, map, attended, residual, out);
+
+  // Queries, keys and values of rows [first, last).
+  const auto project = [&](int64_t first, int64_t last) {
+    const View from(x.data<float>() + first * x.stride(0), kFloat32, {last - first, dim},
+                    {x.stride(0), 1});
+    layer.enter(0, from, View(qkv + first * 3 * dim, last - first, 3 * dim));
   };
-  if (chosen) {
-    gather(qkv, 3 * dim, dim, *chosen, buffer[2]);
-    gather(x.data<float>(), x.stride(0), dim, *chosen, buffer[3]);
-    attend(of_heads(buffer[2], wanted, dim), k, v, intervals, buffer[1]);
-    leave(0, 1, View(buffer[3], wanted, dim), states);
-  } else {
-    attend(of_heads(qkv, rows, 3 * dim), k, v, intervals, buffer[1]);
-    leave(0, 1, x, states);
+  // Everything else for the wanted rows [first, last), each of which needs nothing of the others.
+  const auto finish = [&](int64_t first, int64_t last) {
+    const int64_t count = last - first;
+    const auto part_of = [&](float* base) { return base + first * dim; };
+    const View states(part_of(buffer[0]), count, dim);
+    const View attended(part_of(buffer[1]), count, dim);
+    const View query(part_of(buffer[2]), count, dim);
+    const View crossed(part_of(buffer[3]), count, dim);
+    std::vector<int32_t> chosen_intervals;
+    const auto attend = [&](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sees) {
+      // The scale is in the queries' weight.
+      const View y = of_heads(part_of(buffer[1]), count, dim);
+      const View lse(lse_rows + first * heads, count, heads);
+      const int64_t number = sees.size(1);
+      if (!chosen) {
+        const View own(sees.data<int32_t>() + first * sees.stride(0), kInt32, {count, number, 2},
+                       {sees.stride(0), sees.stride(1), sees.stride(2)});
+        interval_attention(q, k, v, own, 1.0, y, lse);
+        return;
+      }
+      chosen_intervals.clear();
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t row = chosen->data<int64_t>()[i * chosen->stride(0)];
+        const int32_t* interval = sees.data<int32_t>() + row * sees.stride(0);
+        for (int64_t r = 0; r < number; ++r, interval += sees.stride(1)) {
+          chosen_intervals.push_back(interval[0]);
+          chosen_intervals.push_back(interval[sees.stride(2)]);
+        }
+      }
+      const View own(chosen_intervals.data(), kInt32, {count, number, 2}, {2 * number, 2, 1});
+      interval_attention(q, k, v, own, 1.0, y, lse);
+    };
+    const auto leave = [&](size_t part, size_t map, const Tensor& residual, const Tensor& out) {
+      if (bare) return layer.leave(part, attended, residual, out);
+      layer.leave(part, map, attended, residual, out);
+    };
+
+    if (chosen) {
+      const View index(chosen->data<int64_t>() + first * chosen->stride(0), kInt64, {count},
+                       {chosen->stride(0)});
+      gather(qkv, 3 * dim, dim, index, part_of(buffer[2]));
+      gather(x.data<float>(), x.stride(0), dim, index, part_of(buffer[3]));
+      attend(of_heads(part_of(buffer[2]), count, dim), k, v, intervals);
+      leave(0, 1, crossed, states);  // what lies there is still x
+    } else {
+      attend(of_heads(qkv + first * 3 * dim, count, 3 * dim), k, v, intervals);
+      leave(0, 1,
+            View(x.data<float>() + first * x.stride(0), kFloat32, {count, dim}, {x.stride(0), 1}),
+            states);
+    }
+    const Tensor* last_states = &static_cast<const Tensor&>(states);
+    if (crosses) {
+      layer.enter(bare ? 1 : 2, states, query);
+      attend(of_heads(part_of(buffer[2]), count, dim), *keys, *values, *memory_intervals);
+      leave(1, 3, states, crossed);
+      last_states = &static_cast<const Tensor&>(crossed);
+    }
+    const View inner(inner_rows + first * hidden, count, hidden);
+    layer.enter(maps - 2, *last_states, inner, activation);
+    layer.leave(parts - 1, maps - 1, inner, *last_states,
+                View(y.data<float>() + first * dim, count, dim));
+  };
+
+  if (wanted < kRowsToShare * max_threads()) {
+    project(0, rows);
+    finish(0, wanted);
+    return;
   }
-  const Tensor* last = &static_cast<const Tensor&>(states);
-  const View crossed(buffer[3], wanted, dim);
-  if (crosses) {
-    layer.enter(bare ? 1 : 2, states, View(buffer[2], wanted, dim));
-    attend(of_heads(buffer[2], wanted, dim), *keys, *values, *memory_intervals, buffer[1]);
-    leave(1, 3, states, crossed);
-    last = &static_cast<const Tensor&>(crossed);
-  }
-  layer.enter(maps - 2, *last, inner, activation);
-  layer.leave(parts - 1, maps - 1, inner, *last, y);
+  // Threads share the rows, and wait for each other but once.
+  std::exception_ptr error;
+  const auto guarded = [&](int64_t count, const auto& body) {
+    return [&, count](const Part& part) {
+      try {
+        const auto [first, last] = part.of(count);
+        if (first < last) body(first, last);
+      } catch (...) {
+#pragma omp critical(pynar_packed_layer)
+        error = std::current_exception();
+      }
+    };
+  };
+  parallel_phases(max_threads(), guarded(rows, project), guarded(wanted, finish));
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace pynar

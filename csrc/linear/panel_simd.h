@@ -257,6 +257,8 @@ struct Steps {
   const uint32_t* words;
   int64_t count;
   int64_t ahead;  // so far behind `words` lies what is fetched from memory meanwhile
+  const char* next;  // or the next panel, so many bytes a step, where strips go by many times
+  int64_t rate;
   bool from_zero;
   uint32_t* sums;
 };
@@ -275,8 +277,12 @@ inline void accumulate(const Steps& steps) {
   const uint32_t* words = steps.words;
   const uint32_t* x = steps.x;
   for (int64_t step = 0; step < steps.count; ++step, words += kPanel, x += D::kParts) {
-    for (int c = 0; c < kVectors * D::kLanes; c += 16) {
-      __builtin_prefetch(words + steps.ahead + c, 0, 2);
+    if constexpr (kVectors * D::kLanes == 16) {
+      __builtin_prefetch(steps.next + step * steps.rate, 0, 2);
+    } else {
+      for (int c = 0; c < kVectors * D::kLanes; c += 16) {
+        __builtin_prefetch(words + steps.ahead + c, 0, 2);
+      }
     }
     for (int part = 0; part < D::kParts; ++part) {
       decltype(D::weights(words, part)) w[kVectors];
@@ -333,6 +339,9 @@ inline void multiply(const InputRows& input, int64_t first, int64_t rows, const 
   Steps steps{};
   steps.stride = input.stride;
   steps.ahead = (kStrips ? 16 : panel.steps) * kPanel;
+  // A step of a panel takes 256 bytes, and comes by once for each strip and block.
+  steps.next = reinterpret_cast<const char*>(panel.words + panel.steps * kPanel);
+  steps.rate = div_up(4 * width, blocks);
   for (int64_t begin = 0; begin < panel.steps; begin += depth) {
     steps.count = panel.steps - begin < depth ? panel.steps - begin : depth;
     steps.from_zero = begin == 0;
@@ -343,6 +352,7 @@ inline void multiply(const InputRows& input, int64_t first, int64_t rows, const 
         steps.x = input.words + (first + row) * input.stride + begin * D::kParts;
         steps.sums = reinterpret_cast<uint32_t*>(out.values[row]) + column;
         accumulate_rows<kFormat>(rows * (block + 1) / blocks - row, steps);
+        steps.next += steps.count * steps.rate;
       }
     }
   }
