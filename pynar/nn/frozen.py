@@ -8,6 +8,7 @@ The modules take the places of `Encoder` and `Decoder` in a model, which does no
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterable
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from pynar.nn.transformer import Decoder, Encoder, FeedForward, KeysValues, _Residual
 from pynar.ops import PackedLayer, interval_attention, pack_linear
 from pynar.ops._operator import OPERATORS
-from pynar.ops.packed_linear import ACTIVATIONS
+from pynar.ops.packed_linear import ACTIVATIONS, PANEL, PackedWeight
 
 # So many rows' activations stay in the cache from one layer to the next.
 GROUP = 1024
@@ -69,6 +70,20 @@ class PackedLinear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return OPERATORS["packed_linear"](x, *self._weight, residual, *self._rest)
+
+    def columns(self, begin: int, end: int) -> PackedLinear:
+        """The map to outputs `begin` to `end`, whole panels; the weight is not copied."""
+        if begin % PANEL or end % PANEL or self.norm is not None:
+            raise ValueError(f"PackedLinear: outputs {begin} to {end} are not whole panels")
+        part = copy.copy(self)
+        panels = slice(begin // PANEL, end // PANEL)
+        data, *sums = self.packed.data[panels], self.packed.scales, self.packed.column_sums
+        scales, column_sums = (x if x is None else x[begin:end] for x in sums)
+        part.packed = PackedWeight(data, scales, column_sums, end - begin, self.packed.in_features)
+        part.bias = self.bias[begin:end]
+        part._weight = data, scales, column_sums, part.bias
+        part._rest = *self._rest[:2], end - begin, *self._rest[3:]
+        return part
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ log-determinant is the same for each row, and known beforehand.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +20,21 @@ from pynar.nn.flows import ActNorm, ActNormLinear, Coupling, Flow, PositionAtten
 from pynar.nn.frozen import PackedLinear, Rows, _attend, _Frozen, _heads
 from pynar.ops import PackedLayer
 from pynar.ops._operator import OPERATORS
-from pynar.ops.packed_linear import ACTIVATIONS
+from pynar.ops.packed_linear import ACTIVATIONS, PANEL
 
 __all__ = ["FrozenFlow"]
 
-# Of the source, for every coupling: [B * S, H, D] each.
-RowKeysValues = Sequence[tuple[Tensor, Tensor]]
+# From so many rows of the source on, keys and values of all couplings at once would go through
+# memory (256 MB for 1,024 rows of the base model); fewer rows are one product.
+ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class RowKeysValues:
+    """Keys and values `[B * S, H, D]` of the source, for each coupling."""
+
+    rows: int  # B * S
+    of: Callable[[int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,7 @@ class _Coupling:
         assert level is not None
         first, second = (part[0] for part in self.halves(x[None]))
         given, changed = (first, second) if self.up else (second, first)
-        net = self.net(given, level, context.keys_values[self.number])
+        net = self.net(given, level, context.keys_values.of(self.number))
         # Each row is a sequence of one step, which has a log-determinant of its own.
         changed, logdet = self.apply(changed[:, None], level.ones, net[:, None], context.inverse)
         context.logdets.append(logdet)
@@ -191,14 +201,24 @@ class FrozenFlow(_Frozen):
 
         self.levels = [[freeze(module) for module in level] for level in flow.levels]  # type: ignore[union-attr, attr-defined]
         self.key_value = PackedLinear(flow.key_value_weight, flow.key_value_bias, dtype)
+        self.each: list[PackedLinear] = []
+        if all(2 * width % PANEL == 0 for width in self.widths):
+            ends = [*itertools.accumulate(2 * width for width in self.widths)]
+            bounds = zip([0, *ends], ends, strict=False)
+            self.each = [self.key_value.columns(*pair) for pair in bounds]
         self.training = False
 
     def project(self, source: Tensor) -> RowKeysValues:
-        """Keys and values of `source: [B, S, C]` for every coupling, `[B * S, H, D]` each."""
-        projected = self.key_value(source.flatten(0, 1))
-        parts = projected.split([width for width in self.widths for _ in range(2)], 1)
-        heads = [_heads(part, self.heads) for part in parts]
-        return list(zip(heads[::2], heads[1::2], strict=True))
+        """Keys and values of `source: [B, S, C]`, to be asked for by each coupling."""
+        rows = source.flatten(0, 1)
+        if len(rows) < ROWS_AT_ONCE or not self.each:
+            parts = self.key_value(rows).split([2 * width for width in self.widths], 1)
+            return RowKeysValues(len(rows), lambda number: self._halves(parts[number]))
+        return RowKeysValues(len(rows), lambda number: self._halves(self.each[number](rows)))
+
+    def _halves(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        heads = _heads(projected, 2 * self.heads)
+        return heads[:, : self.heads], heads[:, self.heads :]
 
     def forward(
         self,
@@ -217,7 +237,7 @@ class FrozenFlow(_Frozen):
                 f"Flow: `z` must have a multiple of {self.multiple} steps, got {width}"
             )
         sentences = len(source_lengths)
-        stride = len(keys_values[0][0]) // max(sentences, 1)
+        stride = keys_values.rows // max(sentences, 1)
         begins = torch.arange(sentences) * stride
         source = torch.stack([begins, begins + source_lengths], 1).int()
         source = source.repeat_interleave(batch // max(sentences, 1), 0)

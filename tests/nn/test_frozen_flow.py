@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pynar.nn import frozen_flow
 from pynar.nn.flows import ActNorm, Flow, WeightNormLinear
 from pynar.nn.frozen_flow import FrozenFlow
 
@@ -65,6 +66,24 @@ def test_maps_as_the_flow_does(changes: dict[str, object], inverse: bool) -> Non
         torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(own, logdet, rtol=1e-4, atol=1e-3)
         assert not found[~live].any()
+
+
+def test_many_rows_of_the_source_are_projected_for_each_coupling(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wide = Flow(128, SOURCE, hidden=24, heads=2, steps=(1, 1), transform="additive").eval()
+    for dtype in (torch.float32, torch.int8):
+        _compare(FrozenFlow(wide, dtype), monkeypatch)
+
+
+def _compare(flow: FrozenFlow, monkeypatch: pytest.MonkeyPatch) -> None:
+    z, source = torch.randn(4, 12, 128), make_inputs()[1]
+    monkeypatch.setattr(frozen_flow, "ROWS_AT_ONCE", 256)
+    want, logdet = run(flow, z, source, True)
+    assert flow.each
+    monkeypatch.setattr(frozen_flow, "ROWS_AT_ONCE", 10)
+    found, own = run(flow, z, source, True)
+    assert torch.equal(found, want) and torch.equal(own, logdet)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.1), (torch.int8, 0.3)])
