@@ -141,6 +141,10 @@ PYNAR_HOST_DEVICE constexpr int64_t flow_finish_blocks(const FlowLinearParams<T>
 
 #if !defined(__CUDACC_RTC__)
 template <typename T>
+void flow_linear_cpu(const FlowLinearParams<T>& params);
+template <typename T>
+void flow_linear_backward_cpu(const FlowLinearBackwardParams<T>& params);
+template <typename T>
 void flow_linear_cuda(const FlowLinearParams<T>& params, void* stream);
 template <typename T>
 void flow_linear_backward_cuda(const FlowLinearBackwardParams<T>& params, void* stream);
