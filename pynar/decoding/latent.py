@@ -83,10 +83,23 @@ class LatentArgmax:
         source_lengths: Tensor,
         *,
         indices: Tensor | None = None,
+        target_lengths: Tensor | None = None,
     ) -> Hypotheses:
-        """Decodes `source: [B, S]`; `indices` name the sentences, for the noise."""
+        """Decodes `source: [B, S]`; `indices` name the sentences, for the noise.
+
+        With `target_lengths: [B]` to these lengths, but for sentences that end before.
+        """
         memory = model.encode(source, source_lengths)
-        lengths, _ = _lengths(model, memory, 1, self.max_ratio, self.max_extra)
+        if target_lengths is None:
+            lengths, _ = _lengths(model, memory, 1, self.max_ratio, self.max_extra)
+        else:
+            if target_lengths.shape != source_lengths.shape or (target_lengths < 1).any():
+                raise ValueError(
+                    f"LatentArgmax: `target_lengths` must be {len(source_lengths)} positive "
+                    f"lengths, got shape {list(target_lengths.shape)}"
+                )
+            multiple = model.config.multiple
+            lengths = ((target_lengths + multiple - 1) // multiple * multiple)[:, None]
         width = int(lengths.max()) if len(lengths) else 0
         if self.samples == 1:
             noise = torch.zeros(len(source), width, model.config.dim, device=source.device)
@@ -101,6 +114,9 @@ class LatentArgmax:
         z = z.unflatten(0, scores.shape)[torch.arange(len(source)), best]
         tokens, _ = _tokens(model, z, lengths[:, 0], memory)
         best_score = scores.gather(1, best[:, None])
+        if target_lengths is not None:
+            beyond = torch.arange(tokens.shape[1], device=tokens.device) >= target_lengths[:, None]
+            tokens = tokens.masked_fill(beyond, PAD)
         return _choose(tokens[:, None], best_score, 1, torch.ones_like(source_lengths))
 
 

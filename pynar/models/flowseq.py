@@ -77,6 +77,14 @@ class FlowSeqConfig(CMLMConfig):
             )
 
     @property
+    def couplings(self) -> int:
+        """How many layers of the size of a decoder's a sentence goes through in the flow."""
+        top = len(self.flow_steps) - 1
+        levels = enumerate(self.flow_steps)
+        units = sum(steps * 2 * (4 if level == top else 6) for level, steps in levels)
+        return units + top + 2 * (top + 1) * self.position_attention
+
+    @property
     def multiple(self) -> int:
         """What every target is filled to a multiple of, with EOS."""
         return max(2, 1 << (len(self.flow_steps) - 1))

@@ -75,6 +75,19 @@ def test_argmax_in_plain_pytorch(model: FlowSeq, freeze: bool) -> None:
         assert found.lists()[row][0] == cut(tokens[row, :length].tolist())
 
 
+def test_lengths_may_be_given(model: FlowSeq) -> None:
+    predicted = torch.tensor([first_length(model, row) for row in range(3)])
+    free = LatentArgmax().decode(model, SOURCE, LENGTHS)
+    given = LatentArgmax().decode(model, SOURCE, LENGTHS, target_lengths=predicted)
+    assert given.lists() == free.lists()
+    # Steps come in fours, tokens one by one.
+    short = LatentArgmax().decode(model, SOURCE, LENGTHS, target_lengths=predicted - 1)
+    for row, (one, other) in enumerate(zip(short.lists(), free.lists(), strict=True)):
+        assert one[0] == other[0][: int(predicted[row]) - 1]
+    with pytest.raises(ValueError, match="`target_lengths` must be 3 positive lengths"):
+        LatentArgmax().decode(model, SOURCE, LENGTHS, target_lengths=torch.tensor([4]))
+
+
 def test_of_several_samples_the_most_probable_is_taken(model: FlowSeq) -> None:
     one = LatentArgmax(samples=1).decode(model, SOURCE, LENGTHS)
     few = LatentArgmax(samples=2, temperature=0.5, seed=3).decode(model, SOURCE, LENGTHS)

@@ -28,6 +28,7 @@ from pynar.evaluation.benchmark.tables import markdown, tables
 from pynar.evaluation.benchmark.worker import sample
 from pynar.evaluation.environment import busy
 from pynar.models import build
+from pynar.nn.flows import Coupling
 
 SIZES = {"dim": 16, "ffn_dim": 24, "heads": 2, "encoder_layers": 1, "decoder_layers": 2}
 LINES = 10
@@ -43,11 +44,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "source").write_text("".join(e.source + "\n" for e in test), encoding="utf-8")
     (place / "target").write_text("".join(e.target + "\n" for e in test), encoding="utf-8")
     sizes = {"source_vocabulary": 120, "target_vocabulary": 120, "share_embeddings": True}
-    for name in ("autoregressive", "cmlm"):
+    for name in ("autoregressive", "cmlm", "flowseq"):
         torch.manual_seed(1)
-        fields = {"model": name, **SIZES, "norm": "pre"}
+        fields: dict[str, Any] = {"model": name, **SIZES, "norm": "pre"}
         if name == "cmlm":
             fields["length_classes"] = 12
+        if name == "flowseq":
+            fields |= {"flow_steps": [1, 2, 1], "flow_ffn_dim": 8, "posterior_layers": 1}
         checkpoint.save(place / name, build({**sizes, **fields}), tokenizer)
         recipe = {"model": fields, "training": {}}
         (place / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
@@ -122,6 +125,7 @@ def test_layer_evaluations_are_the_layers_that_run(place, name, strategy, option
         ("autoregressive", {"strategy": "greedy"}, 8),
         ("autoregressive", {"strategy": "beam", "options": {"beam": 3}}, 8),
         ("cmlm", {"options": {"iterations": 3}}, 3),
+        ("flowseq", {}, 1),
     ],
 )
 def test_lengths_are_forced(place: Path, name: str, options: dict, passes: int) -> None:
@@ -129,6 +133,14 @@ def test_lengths_are_forced(place: Path, name: str, options: dict, passes: int) 
     written, counted = engine.generate(engine.prepare([[7] * 7, [9] * 7], 7))
     assert [len(ids) for ids in written] == [7, 7]
     assert counted == [passes, passes]
+
+
+def test_couplings_count_as_layers(place: Path) -> None:
+    system = random_system(place, "flowseq", options={"samples": 3})
+    found = PyNAREngine(system).translator.model
+    couplings = sum(isinstance(module, Coupling) for module in found.modules())
+    assert system.decoder_layers == 2 + couplings and system.width == 3
+    assert random_system(place, "flowseq", strategy="npd").width == 30
 
 
 def test_sampling_cannot_be_forced(place: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pynar
 from pynar.data import Tokenizer
-from pynar.decoding import BeamSearch, Greedy, MaskPredict, Strategy, Translator
+from pynar.decoding import BeamSearch, Greedy, LatentArgmax, MaskPredict, Strategy, Translator
 from pynar.evaluation.benchmark.systems import System
 from pynar.models import build
 from pynar.symbols import NAMES
@@ -82,6 +82,8 @@ class PyNAREngine:
         elif isinstance(strategy, MaskPredict):
             wanted = torch.full((len(sources), self.width), length, device=source.device)
             forced["target_lengths"] = wanted
+        elif isinstance(strategy, LatentArgmax):
+            forced["target_lengths"] = torch.full_like(lengths, length)
         else:
             raise ValueError(f"{type(strategy).__name__} cannot be forced to a length")
         return source, lengths, strategy, forced

@@ -94,7 +94,7 @@ class Row:
                 self.ms[name] = median_interval(times)
         self.passes = first["passes"]
         if self.passes is not None:
-            layers = (config.encoder_layers, config.decoder_layers)
+            layers = (config.encoder_layers, system.decoder_layers)
             self.layer_evaluations = layer_evaluations(*layers, self.passes, system.width)
         self.parameters, self.base_bytes = facts["parameters"], facts["base_bytes"]
         peaks = [answer["peak_bytes"] for answer in answers]

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pynar.checkpoint import read_config
-from pynar.decoding import BeamSearch, Greedy, MaskPredict, Sampling, Strategy, strategy
+from pynar.decoding import (
+    BeamSearch,
+    Greedy,
+    ImportanceWeighted,
+    LatentArgmax,
+    MaskPredict,
+    NoisyParallel,
+    Sampling,
+    Strategy,
+    strategy,
+)
 from pynar.models import MODELS, AutoregressiveTransformer, TranslationModel
 from pynar.recipes import load_recipe
 from pynar.strict import from_dict
@@ -81,7 +91,18 @@ class System:
             return decoding.samples
         if isinstance(decoding, MaskPredict):
             return min(decoding.length_candidates, self.config.length_classes)
+        if isinstance(decoding, LatentArgmax):
+            return decoding.samples
+        if isinstance(decoding, (NoisyParallel, ImportanceWeighted)):
+            return decoding.samples * decoding.length_candidates
         return 1
+
+    @property
+    def decoder_layers(self) -> int:
+        """That a pass goes through: those of the decoder, and the couplings of a flow."""
+        config = self.config
+        couplings: int = getattr(config, "couplings", 0)
+        return couplings + config.decoder_layers  # type: ignore[no-any-return]
 
     @property
     def engine_name(self) -> str:
