@@ -19,6 +19,7 @@
 
 #include "common/operators.h"
 #include "common/parallel.h"
+#include "linear/host.h"
 #include "linear/packed_linear.h"
 
 // It copies and adds rows; see csrc/attention/interval_tiles.cpp.
@@ -149,9 +150,8 @@ void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
   const Check check(kName);
   check.dims("x", x, 2, "[N, C]");
   check.dtype("x", x, {kFloat32});
-  if (x.device().type != dlpack::kCpu) {
-    check.fail("x", "be on cpu, where packed weights are used", to_string(x.device()));
-  }
+  check_cpu(check, "x", x);
+  check_rows(check, "x", x);
   const int64_t rows = x.size(0);
   const int64_t dim = x.size(1);
   if (heads < 1 || dim % heads != 0) {
@@ -205,6 +205,10 @@ void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
     }
   }
   check.shape("y", y, {wanted, dim}, "wanted rows, channels of `x`");
+  check.dtype("y", y, {kFloat32});
+  check_cpu(check, "y", y);
+  check.contiguous("y", y);
+  check.writable("y", y);
   if (wanted == 0) return;
 
   const Layer layer{weights, scales, column_sums, biases, norms, eps};
