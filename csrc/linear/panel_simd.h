@@ -256,7 +256,7 @@ struct Steps {
   int64_t stride;
   const uint32_t* words;
   int64_t count;
-  int64_t ahead;  // so far behind `words` lies what is fetched from memory meanwhile
+  int64_t ahead;     // so far behind `words` lies what is fetched from memory meanwhile
   const char* next;  // or the next panel, so many bytes a step, where strips go by many times
   int64_t rate;
   bool from_zero;
