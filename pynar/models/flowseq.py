@@ -142,7 +142,7 @@ class FlowSeq(TranslationModel):
     banned = (PAD, BOS, MASK)
 
     config: FlowSeqConfig
-    _factors: tuple[Tensor, Tensor] | None = None  # of frozen matrices
+    _factors: tuple[Tensor, Tensor] | None = None  # of the matrices, where frozen on a GPU
 
     def __init__(self, config: FlowSeqConfig) -> None:
         super().__init__(config)
