@@ -7,6 +7,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+WORKERS := -n auto --maxprocesses 4
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: quickstart test bench lint format gpu clean
@@ -15,7 +16,7 @@ quickstart: $(VENV)/built
 	$(VENV)/bin/pynar quickstart
 
 test: $(VENV)/built
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q $(WORKERS)
 
 bench: $(VENV)/built
 	@mkdir -p build

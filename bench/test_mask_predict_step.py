@@ -64,6 +64,8 @@ def make_case(batch: int, steps: int, dtype: torch.dtype, device: torch.device) 
         arguments=tuple(argument.to(device) for argument in arguments),
         reference=reference.mask_predict_step,
         bytes_moved=logits.numel() * logits.element_size(),
+        # torch.compile adds up a row one vector after another.
+        limits={"rtol": 5e-5, "atol": 5e-5},
     )
 
 

@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
+
+# Workers of pytest-xdist share the cores, and threads that wait for others spin. What needs more
+# threads asks for them itself. Before torch is imported, which reads it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -45,11 +45,6 @@ class Pass {
 
   void add_block(const T* block, int64_t first) {
     Vector x[kVectors];
-    // Rows of 16-bit logits are bound by arithmetic, which the processor's own prefetching leaves
-    // waiting at the end of each page; where memory is the bound this costs more than it gains.
-    if constexpr (sizeof(T) == 2) {
-      for (int64_t i = 0; i < kBlock; i += 64 / sizeof(T)) __builtin_prefetch(block + i + 1024);
-    }
     load_unordered(block, x);
     Vector greatest = x[0];
     for (int i = 1; i < kVectors; ++i) greatest = max(greatest, x[i]);
@@ -136,7 +131,18 @@ BestSymbol<T> best_symbol(const T* logits, int64_t size) {
   edge[kMask] = kNegativeInfinity<T>;
   pass.add_block(edge, 0);
   int64_t v = kBlock;
-  for (; v + kBlock <= size; v += kBlock) pass.add_block(logits + v, v);
+  for (; v + kBlock <= size; v += kBlock) {
+    // Where a vector of logits takes longer to compute than to read, the processor's own
+    // prefetching leaves arithmetic waiting at the end of each page; where memory is the bound this
+    // costs more than it gains.
+    if constexpr (sizeof(T) * Simd<A>::kLanes <= 32) {
+      constexpr int64_t kAhead = 2048 / sizeof(T);
+      for (int64_t i = 0; i < kBlock; i += 64 / sizeof(T)) {
+        __builtin_prefetch(logits + v + i + kAhead);
+      }
+    }
+    pass.add_block(logits + v, v);
+  }
   if (v < size) {
     copy_block(logits + v, size - v, edge, kBlock);
     pass.add_block(edge, v);
