@@ -102,14 +102,13 @@ void packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
                    const std::optional<Tensor>& residual, const std::optional<Tensor>& norm_weight,
                    const std::optional<Tensor>& norm_bias, int64_t activation, double input_eps,
                    double output_eps, const Tensor& y);
-void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
-                  const std::vector<Tensor>& scales, const std::vector<Tensor>& column_sums,
-                  const std::vector<Tensor>& biases, const std::vector<Tensor>& norms,
-                  const Tensor& intervals, const std::optional<Tensor>& keys,
-                  const std::optional<Tensor>& values,
-                  const std::optional<Tensor>& memory_intervals,
-                  const std::optional<Tensor>& chosen, int64_t content, int64_t heads,
-                  int64_t activation, double eps, const Tensor& y);
+void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
+                   const std::vector<Tensor>& scales, const std::vector<Tensor>& column_sums,
+                   const std::vector<Tensor>& biases, const std::vector<Tensor>& norms,
+                   const Tensor& intervals, const std::vector<Tensor>& keys,
+                   const std::vector<Tensor>& values, const std::optional<Tensor>& memory_intervals,
+                   const std::optional<Tensor>& chosen, int64_t content, int64_t layers,
+                   int64_t heads, int64_t activation, double eps, const Tensor& y);
 int64_t linear_argmax_workspace(int64_t rows, int64_t columns, int64_t k);
 std::optional<LaunchPlan> linear_argmax(const Tensor& x, const Tensor& weight,
                                         const std::optional<Tensor>& scales,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, cast
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pynar.nn.transformer import Decoder, Encoder, FeedForward, KeysValues, _Residual
 from pynar.ops import PackedLayer, interval_attention, pack_linear
 from pynar.ops._operator import OPERATORS
+from pynar.ops.packed_layers import layer_tensors
 from pynar.ops.packed_linear import ACTIVATIONS, PANEL, PackedWeight
 
 # So many rows' activations stay in the cache from one layer to the next.
@@ -225,7 +226,7 @@ class _CrossAttention:
 
 
 class _Layer:
-    """A layer of the encoder or the decoder: one call where no cache stands in between."""
+    """A layer of the encoder or the decoder, by its parts where a cache stands in between."""
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         residual = layer.residual
@@ -235,7 +236,7 @@ class _Layer:
         if len(residual) == 3:
             self.cross = _CrossAttention(layer.cross_attention, residual[1], dtype)
             maps[2:2] = self.cross.query, self.cross.output
-        packed = PackedLayer(
+        self.packed = PackedLayer(
             tuple(part.packed for part in maps),
             tuple(part.bias for part in maps),
             tuple(tensor for part in maps for tensor in part.norm or ()),
@@ -243,22 +244,30 @@ class _Layer:
             self.feed.activation,
             residual[0].norm.eps,
         )
-        self._tensors = packed.tensors()
-        self._rest = packed.heads, ACTIVATIONS.index(packed.activation), packed.eps
+
+
+class _Stack:
+    """All layers of the encoder or the decoder in one call."""
+
+    def __init__(self, layers: Iterable[_Layer]) -> None:
+        packed = [layer.packed for layer in layers]
+        self._tensors = layer_tensors(packed)
+        self._rest = len(packed), *packed[0].options()
 
     def __call__(
         self,
         x: Tensor,
         sees: Tensor,
-        keys_values: tuple[Tensor, Tensor] | None = None,
+        keys_values: Sequence[tuple[Tensor, Tensor]] = (),
         reads: Tensor | None = None,
         chosen: Tensor | None = None,
         content: int | None = None,
     ) -> Tensor:
         """With `chosen: [M]` the result is that of those rows; all see the first `content`."""
-        keys, values = keys_values or (None, None)
+        keys = [pair[0] for pair in keys_values]
+        values = [pair[1] for pair in keys_values]
         content = x.shape[0] if content is None else content
-        return OPERATORS["packed_layer"](
+        return OPERATORS["packed_layers"](
             x, *self._tensors, sees, keys, values, reads, chosen, content, *self._rest
         )
 
@@ -286,7 +295,7 @@ class FrozenEncoder(_Frozen):
 
     def __init__(self, encoder: Encoder, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layers = [_Layer(layer, dtype) for layer in encoder.layers]
+        self.stack = _Stack([_Layer(layer, dtype) for layer in encoder.layers])
         self.norm = _plain(encoder.norm)
         self.training = False
 
@@ -300,9 +309,7 @@ class FrozenEncoder(_Frozen):
         return rows.unpack(torch.cat(parts))
 
     def _encode(self, h: Tensor, sees: Tensor) -> Tensor:
-        for layer in self.layers:
-            h = layer(h, sees)
-        return self.norm(h)
+        return self.norm(self.stack(h, sees))
 
 
 @dataclass(frozen=True)
@@ -403,6 +410,7 @@ class FrozenDecoder(_Frozen):
         super().__init__()
         self.dim, self.heads = decoder.dim, decoder.heads
         self.layers = [_Layer(layer, dtype) for layer in decoder.layers]
+        self.stack = _Stack(self.layers)
         projections = [layer.cross_attention.key_value for layer in _modules(decoder.layers)]
         weights = [projection.weight.detach() for projection in projections]
         biases = [projection.bias.detach() for projection in projections]
@@ -466,11 +474,7 @@ class FrozenDecoder(_Frozen):
         chosen: Tensor | None,
         content: int | None = None,
     ) -> Tensor:
-        last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            here = chosen if index == last else None
-            h = layer(h, sees, keys_values[index], reads, here, content)
-        return self.norm(h)
+        return self.norm(self.stack(h, sees, keys_values, reads, chosen, content))
 
     def _layout(
         self, x: Tensor, memory: FrozenMemory, lengths: Tensor | None

@@ -20,7 +20,8 @@ from pynar.nn.flows import ActNorm, ActNormLinear, Coupling, Flow, PositionAtten
 from pynar.nn.frozen import PackedLinear, Rows, _attend, _Frozen, _heads
 from pynar.ops import PackedLayer
 from pynar.ops._operator import OPERATORS
-from pynar.ops.packed_linear import ACTIVATIONS, PANEL
+from pynar.ops.packed_layers import layer_tensors
+from pynar.ops.packed_linear import PANEL
 
 __all__ = ["FrozenFlow"]
 
@@ -147,14 +148,16 @@ class _Net:
             "relu",
             net.norms[0].eps,  # type: ignore[arg-type]
         )
-        self._tensors = layer.tensors()
-        self._rest = layer.heads, ACTIVATIONS.index(layer.activation), layer.eps
+        self._tensors = layer_tensors([layer])
+        self._options = layer.options()
         self.output = PackedLinear(net.output.weight, net.output.bias, dtype)
 
     def __call__(self, x: Tensor, level: _Level, source: tuple[Tensor, Tensor]) -> Tensor:
         x = x + level.positions if self.positions is None else self.positions(x, level)
-        states = OPERATORS["packed_layer"](
-            x, *self._tensors, level.sees, *source, level.reads, None, len(x), *self._rest
+        keys, values = source
+        memory = [keys], [values], level.reads
+        states = OPERATORS["packed_layers"](
+            x, *self._tensors, level.sees, *memory, None, len(x), 1, *self._options
         )
         return self.output(states)
 

@@ -15,7 +15,7 @@ from pynar.ops.intervals import (
 )
 from pynar.ops.linear_argmax import linear_argmax
 from pynar.ops.mask_predict_step import mask_predict_step
-from pynar.ops.packed_layer import PackedLayer, packed_layer
+from pynar.ops.packed_layers import PackedLayer, packed_layers
 from pynar.ops.packed_linear import PackedWeight, pack_linear, packed_linear
 from pynar.ops.squeeze import squeeze, squeeze_split, unsqueeze, unsqueeze_join
 
@@ -34,7 +34,7 @@ __all__ = [
     "linear_argmax",
     "mask_predict_step",
     "pack_linear",
-    "packed_layer",
+    "packed_layers",
     "packed_linear",
     "padding_intervals",
     "squeeze",

@@ -1,4 +1,4 @@
-"""A Transformer layer with weights packed for the CPU kernels."""
+"""Transformer layers with weights packed for the CPU kernels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pynar.ops.interval_attention import _check as check_attention
 from pynar.ops.interval_attention import _readable as readable
 from pynar.ops.packed_linear import ACTIVATIONS, PackedWeight, check_packed
 
-__all__ = ["PackedLayer", "packed_layer"]
+__all__ = ["PackedLayer", "packed_layers"]
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,33 @@ class PackedLayer:
     activation: str
     eps: float
 
-    def tensors(self) -> tuple[list[Tensor], ...]:
-        """The operator's arguments from `weights` to `norms`."""
-        scales = [w.scales for w in self.weights if w.scales is not None]
-        sums = [w.column_sums for w in self.weights if w.column_sums is not None]
-        data = [w.data for w in self.weights]
-        return data, scales, sums, list(self.biases), list(self.norms)
+    def options(self) -> tuple[int, int, float]:
+        """The operator's last arguments, `heads`, `activation` and `eps`."""
+        return self.heads, ACTIVATIONS.index(self.activation), self.eps
 
 
-def packed_layer(
+def layer_tensors(layers: Sequence[PackedLayer]) -> tuple[list[Tensor], ...]:
+    """The operator's arguments from `data` to `norms`."""
+    weights = [weight for layer in layers for weight in layer.weights]
+    return (
+        [w.data for w in weights],
+        [w.scales for w in weights if w.scales is not None],
+        [w.column_sums for w in weights if w.column_sums is not None],
+        [bias for layer in layers for bias in layer.biases],
+        [norm for layer in layers for norm in layer.norms],
+    )
+
+
+def packed_layers(
     x: Tensor,
-    layer: PackedLayer,
+    layers: Sequence[PackedLayer],
     intervals: Tensor,
     *,
-    memory: tuple[Tensor, Tensor, Tensor] | None = None,
+    memory: tuple[Sequence[Tensor], Sequence[Tensor], Tensor] | None = None,
     chosen: Tensor | None = None,
     content: int | None = None,
 ) -> Tensor:
-    r"""A Transformer layer (Vaswani et al. 2017) on packed rows, for inference on the CPU.
+    r"""Transformer layers (Vaswani et al. 2017) on packed rows, for inference on the CPU.
 
     The sub-layers f are self-attention, cross-attention if there is a `memory`, and the
     feed-forward network; one after the other they do
@@ -70,39 +79,43 @@ def packed_layer(
 
     Args:
         x: `[N, C]`, float32: the rows of all sentences, without padding.
-        layer: the weights.
+        layers: the weights, one after the other, of layers that are alike but for them.
         intervals: `[N, R, 2]`, int32, which rows of `x` a row attends to.
-        memory: keys and values `[S, H, D]` for cross-attention, and `[N, R, 2]`, which of them a
-            row attends to.
+        memory: keys and values `[S, H, D]` of each layer for cross-attention, and `[N, R, 2]`,
+            which of them a row attends to.
         chosen: `[M]`, int64, the rows whose results are wanted; all if None.
         content: only so many rows, the first ones, have keys and values; all if None.
 
     Returns:
         `[N, C]`, or `[M, C]` with `chosen`.
     """
-    check = Check("packed_layer")
-    if not isinstance(layer, PackedLayer):
-        check.fail("layer", "be a PackedLayer", type(layer).__name__)
-    if layer.activation not in ACTIVATIONS:
-        check.fail("activation", f"be one of {', '.join(ACTIVATIONS)}", layer.activation)
-    if not layer.eps >= 0:
-        check.fail("eps", "be at least 0", layer.eps)
-    tensors = [[tensor.detach() for tensor in part] for part in layer.tensors()]
-    keys, values, sees = memory or (None, None, None)
-    if keys is not None and values is not None:
-        keys, values = keys.detach(), values.detach()
+    check = Check("packed_layers")
+    if not layers:
+        check.fail("layers", "have at least one layer", "none")
+    for layer in layers:
+        if not isinstance(layer, PackedLayer):
+            check.fail("layers", "be PackedLayers", type(layer).__name__)
+        if layer.activation not in ACTIVATIONS:
+            check.fail("activation", f"be one of {', '.join(ACTIVATIONS)}", layer.activation)
+        if not layer.eps >= 0:
+            check.fail("eps", "be at least 0", layer.eps)
+        for name in ("heads", "activation", "eps"):
+            of_this, of_first = getattr(layer, name), getattr(layers[0], name)
+            if of_this != of_first:
+                check.fail(name, f"be the same in all layers ({of_first})", of_this)
+    tensors = [[tensor.detach() for tensor in part] for part in layer_tensors(layers)]
+    keys, values, sees = memory or ((), (), None)
     return _OPERATOR(
         x.detach(),
         *tensors,
         intervals,
-        keys,
-        values,
+        [part.detach() for part in keys],
+        [part.detach() for part in values],
         sees,
         chosen,
         (x.shape[0] if x.dim() else 0) if content is None else content,
-        layer.heads,
-        ACTIVATIONS.index(layer.activation),
-        layer.eps,
+        len(layers),
+        *layers[0].options(),
     )
 
 
@@ -115,11 +128,12 @@ def _native(
     biases: Sequence[Tensor],
     norms: Sequence[Tensor],
     intervals: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
     memory_intervals: Tensor | None,
     chosen: Tensor | None,
     content: int,
+    layers: int,
     heads: int,
     activation: int,
     eps: float,
@@ -127,11 +141,12 @@ def _native(
     if x.dim() == 2 and x.stride(1) != 1:
         x = x.contiguous()
     intervals = readable(intervals)
-    if keys is not None and values is not None and memory_intervals is not None:
-        keys, values, memory_intervals = map(readable, (keys, values, memory_intervals))
+    keys, values = [readable(part) for part in keys], [readable(part) for part in values]
+    if memory_intervals is not None:
+        memory_intervals = readable(memory_intervals)
     rows = (x if chosen is None else chosen).shape[:1]
     y = x.new_empty(*rows, x.shape[-1] if x.dim() else 0)
-    extension.packed_layer(
+    extension.packed_layers(
         x,
         data,
         scales,
@@ -144,6 +159,7 @@ def _native(
         memory_intervals,
         chosen,
         content,
+        layers,
         heads,
         activation,
         eps,
@@ -160,32 +176,37 @@ def _reference(
     biases: Sequence[Tensor],
     norms: Sequence[Tensor],
     intervals: Tensor,
-    keys: Tensor | None,
-    values: Tensor | None,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
     memory_intervals: Tensor | None,
     chosen: Tensor | None,
     content: int,
+    layers: int,
     heads: int,
     activation: int,
     eps: float,
 ) -> Tensor:
-    crosses = keys is not None
-    _check_layer(x, data, scales, column_sums, biases, norms, heads, crosses)
-    check = Check("packed_layer")
+    check = Check("packed_layers")
+    if layers < 1:
+        check.fail("layers", "be at least 1", layers)
+    crosses = len(keys) > 0
+    _check_layers(x, data, scales, column_sums, biases, norms, layers, heads, crosses)
     if not 0 <= activation < len(ACTIVATIONS):
         Check("packed_linear").fail("activation", f"be in [0, {len(ACTIVATIONS) - 1}]", activation)
-    memory = None
-    if keys is None or values is None or memory_intervals is None:
-        for name, tensor in (("values", values), ("memory_intervals", memory_intervals)):
-            if (tensor is None) == crosses:
-                got = "None" if crosses else "it alone"
-                check.fail(name, "be given with `keys`, and only then", got)
-    else:
-        memory = keys, values, memory_intervals
+    for name, tensors, count, meaning in (
+        ("keys", keys, layers, "one for each layer, or none"),
+        ("values", values, len(keys), "one for each of `keys`"),
+    ):
+        if (crosses or name == "values") and len(tensors) != count:
+            check.fail(name, f"have {count} tensors ({meaning})", len(tensors))
+    if (memory_intervals is None) == crosses:
+        got = "None" if crosses else "it alone"
+        check.fail("memory_intervals", "be given with `keys`, and only then", got)
+    if memory_intervals is not None:
         _check_intervals(check, "memory_intervals", memory_intervals, len(x))
-        check_attention(
-            Check("interval_attention"), x.unflatten(1, (heads, -1)), keys, values, memory_intervals
-        )
+        for pair in zip(keys, values, strict=True):
+            q = x.unflatten(1, (heads, -1))
+            check_attention(Check("interval_attention"), q, *pair, memory_intervals)
     _check_intervals(check, "intervals", intervals, len(x))
     if not 0 <= content <= len(x):
         check.fail("content", f"be in [0, {len(x)}]", content)
@@ -196,27 +217,33 @@ def _reference(
         outside = chosen[(chosen < 0) | (chosen >= len(x))]
         if len(outside):
             check.fail("chosen", f"lie in [0, {len(x)})", int(outside[0]))
-    shapes = _maps(x.shape[1], len(biases[-2]), crosses, _is_bare(len(data), crosses))
-    weights = [
-        PackedWeight(part, *sums, *shape).unpack()
-        for part, sums, shape in zip(
-            data, _sums(scales, column_sums, len(data)), shapes, strict=True
+    shapes = _maps(x.shape[1], len(biases[-2]), crosses, _is_bare(len(data) // layers, crosses))
+    maps, parts = len(data) // layers, len(norms) // layers
+    sums = _sums(scales, column_sums, len(data))
+    for index in range(layers):
+        own = slice(index * maps, (index + 1) * maps)
+        weights = [
+            PackedWeight(part, *pair, *shape).unpack()
+            for part, pair, shape in zip(data[own], sums[own], shapes, strict=True)
+        ]
+        memory = None
+        if memory_intervals is not None:
+            memory = keys[index], values[index], memory_intervals
+        x = reference.packed_layer(
+            x,
+            weights,
+            biases[own],
+            norms[index * parts : (index + 1) * parts],
+            data[0].dtype,
+            intervals,
+            memory,
+            chosen if index + 1 == layers else None,
+            content,
+            heads,
+            ACTIVATIONS[activation],
+            eps,
         )
-    ]
-    return reference.packed_layer(
-        x,
-        weights,
-        biases,
-        norms,
-        data[0].dtype,
-        intervals,
-        memory,
-        chosen,
-        content,
-        heads,
-        ACTIVATIONS[activation],
-        eps,
-    )
+    return x
 
 
 def _maps(dim: int, hidden: int, crosses: bool, bare: bool) -> list[tuple[int, int]]:
@@ -226,7 +253,7 @@ def _maps(dim: int, hidden: int, crosses: bool, bare: bool) -> list[tuple[int, i
     return [*attention, (hidden, dim), (dim, hidden)]
 
 
-def _is_bare(maps: int, crosses: bool) -> bool:
+def _is_bare(maps: float, crosses: bool) -> bool:
     return maps == (4 if crosses else 3)
 
 
@@ -236,25 +263,26 @@ def _sums(
     return list(zip(scales, column_sums, strict=True)) if scales else [(None, None)] * maps
 
 
-def _check_layer(
+def _check_layers(
     x: Tensor,
     data: Sequence[Tensor],
     scales: Sequence[Tensor],
     column_sums: Sequence[Tensor],
     biases: Sequence[Tensor],
     norms: Sequence[Tensor],
+    layers: int,
     heads: int,
     crosses: bool,
 ) -> None:
-    check, linear = Check("packed_layer"), Check("packed_linear")
+    check, linear = Check("packed_layers"), Check("packed_linear")
     check.dims("x", x, 2, "[N, C]")
     check.dtype("x", x, (torch.float32,))
     check.cpu("x", x)
     dim = x.shape[1]
     if heads < 1 or dim % heads:
         check.fail("heads", f"divide the channels of `x` ({dim})", heads)
-    parts, bare = (3 if crosses else 2), _is_bare(len(data), crosses)
-    maps = parts + 1 if bare else 2 * parts
+    parts, bare = (3 if crosses else 2), _is_bare(len(data) / layers, crosses)
+    maps = (parts + 1 if bare else 2 * parts) * layers
     each = "one for each linear map"
     sub_layers = "weight and bias for each sub-layer, or none"
     for name, tensors, meaning, count, needed in (
@@ -262,12 +290,12 @@ def _check_layer(
         ("biases", biases, each, maps, True),
         ("scales", scales, f"{each}, or none", maps, bool(scales or column_sums)),
         ("column_sums", column_sums, f"{each}, or none", maps, bool(scales or column_sums)),
-        ("norms", norms, sub_layers, 2 * parts, bool(norms)),
+        ("norms", norms, sub_layers, 2 * parts * layers, bool(norms)),
     ):
         if needed and len(tensors) != count:
             check.fail(name, f"have {count} tensors ({meaning})", len(tensors))
     check.dims("biases", biases[-2], 1, "[F]")
-    shapes = _maps(dim, len(biases[-2]), crosses, bare)
+    shapes = _maps(dim, len(biases[-2]), crosses, bare) * layers
     for bias, (columns, _) in zip(biases, shapes, strict=True):
         check.shape("biases", bias, [columns], "3 C, then C each, F and C")
     for part, sums, (columns, depth) in zip(
@@ -290,10 +318,10 @@ def _fake(x: Tensor, *rest: Any) -> Tensor:
 
 
 _OPERATOR = Operator(
-    "packed_layer(Tensor x, Tensor[] data, Tensor[] scales, Tensor[] column_sums, "
-    "Tensor[] biases, Tensor[] norms, Tensor intervals, Tensor? keys, Tensor? values, "
-    "Tensor? memory_intervals, Tensor? chosen, int content, int heads, int activation, "
-    "float eps) -> Tensor",
+    "packed_layers(Tensor x, Tensor[] data, Tensor[] scales, Tensor[] column_sums, "
+    "Tensor[] biases, Tensor[] norms, Tensor intervals, Tensor[] keys, Tensor[] values, "
+    "Tensor? memory_intervals, Tensor? chosen, int content, int layers, int heads, "
+    "int activation, float eps) -> Tensor",
     native=_native,
     reference=_reference,
     fake=_fake,

@@ -12,10 +12,10 @@ from pynar.ops import (
     PackedLayer,
     interval_attention,
     pack_linear,
-    packed_layer,
+    packed_layers,
     packed_linear,
 )
-from pynar.ops.packed_layer import _OPERATOR
+from pynar.ops.packed_layers import _OPERATOR, layer_tensors
 from pynar.testing import tolerance
 
 FORMATS = [torch.float32, torch.bfloat16, torch.int8]
@@ -56,6 +56,13 @@ def make_arguments(crosses: bool) -> tuple[Tensor, Tensor, Any]:
         keys, values = torch.randn(2, sum(SOURCES), HEADS, DIM // HEADS)
         memory = keys, values, spread(LENGTHS, SOURCES)
     return x, spread(LENGTHS, LENGTHS), memory
+
+
+def run(x: Tensor, layer: PackedLayer, sees: Tensor, memory: Any = None, **options: Any) -> Tensor:
+    """A single layer."""
+    if memory is not None:
+        memory = [memory[0]], [memory[1]], memory[2]
+    return packed_layers(x, [layer], sees, memory=memory, **options)
 
 
 def by_parts(
@@ -113,7 +120,7 @@ def test_is_its_parts_to_the_last_bit(
     chosen = torch.tensor([12, 0, 5, 5])
     for options in ({}, {"chosen": chosen}, {"content": 8, "chosen": chosen}, {"content": 8}):
         seen = sees.clamp(max=options.get("content", 99))  # type: ignore[call-overload]
-        got = packed_layer(x, layer, seen, memory=memory, **options)  # type: ignore[arg-type]
+        got = run(x, layer, seen, memory=memory, **options)  # type: ignore[arg-type]
         want = by_parts(x, layer, seen, memory, **options)  # type: ignore[arg-type]
         assert torch.equal(got, want)
 
@@ -130,7 +137,7 @@ def test_without_output_maps_it_is_its_parts(
     limit = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.int8: 2e-1}[dtype]
     for options in ({}, {"chosen": torch.tensor([12, 0, 5, 5]), "content": 8}):
         seen = sees.clamp(max=options.get("content", 99))  # type: ignore[call-overload]
-        got = packed_layer(wide[:, DIM:], layer, seen, memory=memory, **options)  # type: ignore[arg-type]
+        got = run(wide[:, DIM:], layer, seen, memory=memory, **options)  # type: ignore[arg-type]
         want = by_parts(x, layer, seen, memory, **options)  # type: ignore[arg-type]
         torch.testing.assert_close(got, want, rtol=limit, atol=limit)
 
@@ -183,15 +190,15 @@ class Module(nn.Module):
 
 @every_layer
 @pytest.mark.parametrize("bare", [False, True])
-@pytest.mark.parametrize("run", ["operator", "reference"])
+@pytest.mark.parametrize("of", ["operator", "reference"])
 def test_is_a_transformer_layer_of_each_sentence(
-    run: str, bare: bool, crosses: bool, norm_first: bool, monkeypatch: pytest.MonkeyPatch
+    of: str, bare: bool, crosses: bool, norm_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if run == "reference":
+    if of == "reference":
         monkeypatch.setattr(_OPERATOR, "call", _OPERATOR.reference)
     layer = make_layer(torch.float32, crosses=crosses, norm_first=norm_first, bare=bare)
     x, sees, memory = make_arguments(crosses)
-    got = packed_layer(x, layer, sees, memory=memory)
+    got = run(x, layer, sees, memory=memory)
     module, want = Module(layer), []
     keys, values = (part.double().split(SOURCES) for part in memory[:2]) if memory else ([], [])
     for index, sentence in enumerate(x.double().split(LENGTHS)):
@@ -200,7 +207,7 @@ def test_is_a_transformer_layer_of_each_sentence(
     limits = {name: 10 * limit for name, limit in tolerance("cpu", torch.float32).items()}
     torch.testing.assert_close(got, torch.cat(want).float(), **limits)  # type: ignore[arg-type]
     chosen = torch.tensor([3, 13, 0])
-    part = packed_layer(x, layer, sees, memory=memory, chosen=chosen)
+    part = run(x, layer, sees, memory=memory, chosen=chosen)
     torch.testing.assert_close(part, got[chosen], **limits)  # type: ignore[arg-type]
 
 
@@ -222,19 +229,19 @@ def test_every_simd_level_matches_the_reference(dtype: torch.dtype) -> None:
 def test_sentences_do_not_depend_on_batch_mates_or_threads(dtype: torch.dtype) -> None:
     layer = make_layer(dtype, crosses=True, norm_first=False)
     x, sees, memory = make_arguments(True)
-    together = packed_layer(x, layer, sees, memory=memory)
+    together = run(x, layer, sees, memory=memory)
     begin = source = 0
     for length, size in zip(LENGTHS, SOURCES, strict=True):
         own = slice(begin, begin + length)
         part = *(m[source : source + size] for m in memory[:2]), memory[2][own] - source
-        alone = packed_layer(x[own], layer, sees[own] - begin, memory=part)
+        alone = run(x[own], layer, sees[own] - begin, memory=part)
         assert torch.equal(alone, together[own])
         begin, source = begin + length, source + size
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert torch.equal(packed_layer(x, layer, sees, memory=memory), together)
+            assert torch.equal(run(x, layer, sees, memory=memory), together)
     finally:
         torch.set_num_threads(threads)
 
@@ -249,8 +256,8 @@ def test_views_equal_copies() -> None:
     for x in (wide[::2, 2 : 2 + DIM], wide[:rows, ::3]):
         memory = projected[:, 1], projected[:, 4], sees.flip(2).flip(2)
         chosen = torch.tensor([1, 9, 2, 9])[::2]
-        views = packed_layer(x, layer, sees, memory=memory, chosen=chosen)
-        copies = packed_layer(
+        views = run(x, layer, sees, memory=memory, chosen=chosen)
+        copies = run(
             x.clone(memory_format=torch.contiguous_format),
             layer,
             sees.contiguous(),
@@ -260,15 +267,37 @@ def test_views_equal_copies() -> None:
         torch.testing.assert_close(views, copies, rtol=1e-5, atol=1e-5)
 
 
+@every_layer
+@pytest.mark.parametrize("of", ["operator", "reference"])
+def test_a_stack_is_its_layers_one_after_another(
+    of: str, crosses: bool, norm_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if of == "reference":
+        monkeypatch.setattr(_OPERATOR, "call", _OPERATOR.reference)
+    layers = [make_layer(torch.int8, crosses=crosses, norm_first=norm_first) for _ in range(3)]
+    x, sees, memory = make_arguments(crosses)
+    chosen, content = torch.tensor([12, 0, 5, 5]), 8
+    seen = sees.clamp(max=content)
+    pairs = torch.randn(2, 3, sum(SOURCES), HEADS, DIM // HEADS)
+    each: list[Any] = [(*pairs[:, i], memory[2]) if crosses else None for i in range(3)]
+    h = x
+    for layer, own in zip(layers[:-1], each[:-1], strict=True):
+        h = run(h, layer, seen, own, content=content)
+    want = run(h, layers[-1], seen, each[-1], content=content, chosen=chosen)
+    whole = (list(pairs[0]), list(pairs[1]), memory[2]) if crosses else None
+    got = packed_layers(x, layers, seen, memory=whole, content=content, chosen=chosen)
+    assert torch.equal(got, want)
+
+
 def test_nothing_is_read_of_what_no_row_sees() -> None:
     layer = make_layer(torch.float32, crosses=True, norm_first=False)
     x, sees, (keys, values, reads) = make_arguments(True)
-    want = packed_layer(x, layer, sees, memory=(keys, values, reads))
+    want = run(x, layer, sees, memory=(keys, values, reads))
     spare = torch.full((3, *keys.shape[1:]), torch.nan)
     more = torch.cat([keys, spare]), torch.cat([values, spare]), reads
-    assert torch.equal(packed_layer(x, layer, sees, memory=more), want)
+    assert torch.equal(run(x, layer, sees, memory=more), want)
     x[5:12] = torch.nan  # the third sentence
-    got = packed_layer(x, layer, sees, memory=(keys, values, reads))
+    got = run(x, layer, sees, memory=(keys, values, reads))
     others = torch.cat([torch.arange(5), torch.arange(12, 14)])
     assert got[5:12].isnan().all()
     torch.testing.assert_close(got[others], want[others], rtol=1e-5, atol=1e-5)
@@ -277,16 +306,17 @@ def test_nothing_is_read_of_what_no_row_sees() -> None:
 def test_empty() -> None:
     layer = make_layer(torch.int8, crosses=False, norm_first=True)
     sees = torch.zeros(0, 1, 2, dtype=torch.int32)
-    assert packed_layer(torch.empty(0, DIM), layer, sees).shape == (0, DIM)
+    assert run(torch.empty(0, DIM), layer, sees).shape == (0, DIM)
     x, sees, _ = make_arguments(False)
     nothing = torch.zeros(0, dtype=torch.long)
-    assert packed_layer(x, layer, sees, chosen=nothing).shape == (0, DIM)
+    assert run(x, layer, sees, chosen=nothing).shape == (0, DIM)
 
 
 def raw_arguments(layer: PackedLayer, x: Tensor, sees: Tensor, memory: Any) -> tuple[Any, ...]:
+    """Of two layers with the same weights."""
     keys, values, reads = memory or (None, None, None)
-    rest = (keys, values, reads, None, len(x), HEADS, 1, EPS)
-    return (x, *layer.tensors(), sees, *rest)
+    pairs = ([], []) if memory is None else ([keys, keys], [values, values])
+    return (x, *layer_tensors([layer] * 2), sees, *pairs, reads, None, len(x), 2, *layer.options())
 
 
 @pytest.mark.parametrize(("dtype", "crosses"), [(torch.float32, False), (torch.int8, True)])
@@ -294,7 +324,7 @@ def test_registered_rightly(dtype: torch.dtype, crosses: bool) -> None:
     layer = make_layer(dtype, crosses=crosses, norm_first=not crosses)
     arguments = list(raw_arguments(layer, *make_arguments(crosses)))
     arguments[10] = torch.tensor([3, 1]) if crosses else None
-    torch.library.opcheck(torch.ops.pynar.packed_layer.default, tuple(arguments))
+    torch.library.opcheck(torch.ops.pynar.packed_layers.default, tuple(arguments))
 
 
 def test_compiles_into_one_graph() -> None:
@@ -302,9 +332,7 @@ def test_compiles_into_one_graph() -> None:
     x, sees, memory = make_arguments(True)
 
     def twice(x: Tensor) -> Tensor:
-        return packed_layer(
-            packed_layer(2 * x, layer, sees, memory=memory), layer, sees, memory=memory
-        )
+        return run(run(2 * x, layer, sees, memory=memory), layer, sees, memory=memory)
 
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), twice(x), rtol=0, atol=0)
@@ -314,7 +342,7 @@ def test_is_not_differentiable() -> None:
     layer = make_layer(torch.float32, crosses=False, norm_first=True)
     layer = replace(layer, biases=tuple(bias.requires_grad_() for bias in layer.biases))
     x, sees, _ = make_arguments(False)
-    assert not packed_layer(x.requires_grad_(), layer, sees).requires_grad
+    assert not run(x.requires_grad_(), layer, sees).requires_grad
 
 
 @pytest.fixture(params=["chosen", "reference"])
@@ -327,29 +355,43 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 ROWS = sum(LENGTHS)
 REJECTED: list[tuple[int, Any, str]] = [
-    (0, torch.ones(DIM), "packed_layer: `x` must have 2 dimensions [N, C], got shape [24]"),
-    (0, torch.ones(ROWS, DIM).double(), "packed_layer: `x` must have dtype float32, got float64"),
-    (1, [], "packed_layer: `weights` must have 6 tensors (one for each linear map), got 0"),
-    (2, [torch.ones(1)], "packed_layer: `scales` must have 6 tensors (one for each linear map, or"),
-    (3, [], "packed_layer: `column_sums` must have 6 tensors (one for each linear map, or none)"),
-    (4, [torch.ones(1)] * 6, "packed_layer: `biases` must have shape [72] (3 C, then C each, F an"),
-    (5, [torch.ones(DIM)], "packed_layer: `norms` must have 6 tensors (weight and bias for each"),
+    (0, torch.ones(DIM), "packed_layers: `x` must have 2 dimensions [N, C], got shape [24]"),
+    (0, torch.ones(ROWS, DIM).double(), "packed_layers: `x` must have dtype float32, got float64"),
+    (1, [], "packed_layers: `weights` must have 12 tensors (one for each linear map), got 0"),
+    (
+        2,
+        [torch.ones(1)],
+        "packed_layers: `scales` must have 12 tensors (one for each linear map, ",
+    ),
+    (3, [], "packed_layers: `column_sums` must have 12 tensors (one for each linear map, or none)"),
+    (
+        4,
+        [torch.ones(1)] * 12,
+        "packed_layers: `biases` must have shape [72] (3 C, then C each, F ",
+    ),
+    (5, [torch.ones(DIM)], "packed_layers: `norms` must have 12 tensors (weight and bias for eac"),
     (
         5,
-        [torch.ones(3)] * 6,
-        "packed_layer: `norms` must have shape [24] (channels of `x`), got [3]",
+        [torch.ones(3)] * 12,
+        "packed_layers: `norms` must have shape [24] (channels of `x`), got [3]",
     ),
-    (6, torch.zeros(3, 1, 2).int(), "packed_layer: `intervals` must have shape [14, 1, 2] (rows o"),
-    (6, torch.zeros(ROWS, 1, 2).long(), "packed_layer: `intervals` must have dtype int32, got in"),
-    (7, None, "packed_layer: `values` must be given with `keys`, and only then, got it alone"),
-    (8, None, "packed_layer: `values` must be given with `keys`, and only then, got None"),
-    (9, None, "packed_layer: `memory_intervals` must be given with `keys`, and only then, got No"),
-    (9, torch.zeros(3, 1, 2).int(), "packed_layer: `memory_intervals` must have shape [14, 1, 2]"),
-    (10, torch.tensor([14]), "packed_layer: `chosen` must lie in [0, 14), got 14"),
-    (10, torch.tensor([1]).int(), "packed_layer: `chosen` must have dtype int64, got int32"),
-    (11, 15, "packed_layer: `content` must be in [0, 14], got 15"),
-    (12, 5, "packed_layer: `heads` must divide the channels of `x` (24), got 5"),
-    (13, 3, "packed_linear: `activation` must be in [0, 2], got 3"),
+    (
+        6,
+        torch.zeros(3, 1, 2).int(),
+        "packed_layers: `intervals` must have shape [14, 1, 2] (rows ",
+    ),
+    (6, torch.zeros(ROWS, 1, 2).long(), "packed_layers: `intervals` must have dtype int32, got in"),
+    (7, [], "packed_layers: `values` must have 0 tensors (one for each of `keys`), got 2"),
+    (7, [torch.ones(1)], "packed_layers: `keys` must have 2 tensors (one for each layer, or none)"),
+    (8, [], "packed_layers: `values` must have 2 tensors (one for each of `keys`), got 0"),
+    (9, None, "packed_layers: `memory_intervals` must be given with `keys`, and only then, got No"),
+    (9, torch.zeros(3, 1, 2).int(), "packed_layers: `memory_intervals` must have shape [14, 1, 2]"),
+    (10, torch.tensor([14]), "packed_layers: `chosen` must lie in [0, 14), got 14"),
+    (10, torch.tensor([1]).int(), "packed_layers: `chosen` must have dtype int64, got int32"),
+    (11, 15, "packed_layers: `content` must be in [0, 14], got 15"),
+    (12, 0, "packed_layers: `layers` must be at least 1, got 0"),
+    (13, 5, "packed_layers: `heads` must divide the channels of `x` (24), got 5"),
+    (14, 3, "packed_linear: `activation` must be in [0, 2], got 3"),
 ]
 
 
@@ -359,8 +401,10 @@ def test_a_wrong_call_says_what_is_wanted(place: int, value: Any, message: str) 
     layer = make_layer(torch.int8, crosses=True, norm_first=False)
     arguments = list(raw_arguments(layer, *make_arguments(True)))
     arguments[place] = value
-    if place == 7:
-        arguments[1:6] = make_layer(torch.int8, crosses=False, norm_first=False).tensors()
+    if place == 7 and not value:
+        arguments[1:6] = layer_tensors(
+            [make_layer(torch.int8, crosses=False, norm_first=False)] * 2
+        )
     with pytest.raises(ValueError) as error:
         _OPERATOR.call(*arguments)
     assert str(error.value).startswith(message)
@@ -376,8 +420,15 @@ def test_a_wrong_call_says_what_is_wanted(place: int, value: Any, message: str) 
 def test_a_wrong_layer_is_rejected(change: dict[str, Any], message: str) -> None:
     layer = make_layer(torch.int8, crosses=False, norm_first=True)
     x, sees, _ = make_arguments(False)
-    with pytest.raises(ValueError, match="packed_layer: ") as error:
-        packed_layer(x, replace(layer, **change), sees)
-    assert str(error.value) == f"packed_layer: {message}"
-    with pytest.raises(ValueError, match="`layer` must be a PackedLayer, got Tensor"):
-        packed_layer(x, x, sees)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="packed_layers: ") as error:
+        run(x, replace(layer, **change), sees)
+    assert str(error.value) == f"packed_layers: {message}"
+    other = replace(layer, eps=0.5)
+    with pytest.raises(
+        ValueError, match=r"`eps` must be the same in all layers \(0.001\), got 0.5"
+    ):
+        packed_layers(x, [layer, other], sees)
+    with pytest.raises(ValueError, match="`layers` must have at least one layer, got none"):
+        packed_layers(x, [], sees)
+    with pytest.raises(ValueError, match="`layers` must be PackedLayers, got Tensor"):
+        run(x, x, sees)  # type: ignore[arg-type]

@@ -1,14 +1,15 @@
-// A Transformer layer, packed_linear and interval_attention one after the other without a way back
-// to Python between them. With norms its sub-layers f do h <- LayerNorm(h + f(h)), else
-// h <- h + f((h - mean(h)) / sqrt(var(h) + eps)):
+// Transformer layers of the same shape, packed_linear and interval_attention one after the other
+// without a way back to Python between them. With norms a layer's sub-layers f do
+// h <- LayerNorm(h + f(h)), else h <- h + f((h - mean(h)) / sqrt(var(h) + eps)):
 //
 //   self-attention    weights 0 [3 C, C] and 1 [C, C], among the first `content` rows of x [N, C]
-//   cross-attention   weights 2 and 3 [C, C], to keys and values [S, H, D]; only where those are
+//   cross-attention   weights 2 and 3 [C, C], to the layer's keys and values [S, H, D]; only where
+//                     there are any
 //   feed-forward      the last two weights, [F, C] and [C, F]
 //
 // Without weights 1 and 3 attention has no linear map behind it.
 //
-// y [M, C] are the `chosen` rows [M], or all N of them.
+// y [M, C] are the `chosen` rows [M], or all N of them; layers before the last one compute all.
 #include <algorithm>
 #include <exception>
 #include <initializer_list>
@@ -28,7 +29,7 @@
 namespace pynar {
 namespace {
 
-constexpr const char* kName = "packed_layer";
+constexpr const char* kName = "packed_layers";
 // A second thread is not worth it for fewer numbers.
 constexpr int64_t kGrain = 1 << 15;
 // With so many rows a thread, each goes through the whole layer with its own. With fewer they share
@@ -67,15 +68,36 @@ void gather(const float* from, int64_t stride, int64_t size, const Tensor& index
   }
 }
 
+// What all layers share.
+struct Shape {
+  int64_t rows;
+  int64_t dim;
+  int64_t hidden;
+  int64_t heads;
+  int64_t content;
+  int64_t activation;
+  size_t parts;  // sub-layers
+  bool bare;     // attention has no map behind it
+
+  size_t maps() const { return bare ? parts + 1 : 2 * parts; }
+};
+
+// What cross-attention reads.
+struct Memory {
+  const Tensor& keys;
+  const Tensor& values;
+  const Tensor& intervals;
+};
+
 struct Layer {
-  const std::vector<Tensor>& weights;
-  const std::vector<Tensor>& scales;
-  const std::vector<Tensor>& column_sums;
-  const std::vector<Tensor>& biases;
-  const std::vector<Tensor>& norms;
+  const Tensor* weights;
+  const Tensor* scales;  // null but for int8
+  const Tensor* column_sums;
+  const Tensor* biases;
+  const Tensor* norms;  // null where sub-layers begin with one
   double eps;
 
-  bool norm_first() const { return norms.empty(); }
+  bool norm_first() const { return norms == nullptr; }
   // The map that begins a sub-layer.
   void enter(size_t map, const Tensor& x, const Tensor& y, int64_t activation = 0) const {
     run(map, x, std::nullopt, std::nullopt, std::nullopt, activation, norm_first() ? eps : -1, y);
@@ -115,7 +137,7 @@ struct Layer {
            const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
            int64_t activation, double input_eps, const Tensor& y) const {
     std::optional<Tensor> scale, sums;
-    if (!scales.empty()) {
+    if (scales != nullptr) {
       scale = scales[map];
       sums = column_sums[map];
     }
@@ -123,6 +145,10 @@ struct Layer {
                   activation, input_eps, eps, y);
   }
 };
+
+const Tensor* advance(const std::vector<Tensor>& tensors, size_t i) {
+  return tensors.empty() ? nullptr : tensors.data() + i;
+}
 
 void check_count(const Check& check, const char* name, const std::vector<Tensor>& tensors,
                  size_t wanted, const char* meaning) {
@@ -137,85 +163,23 @@ void check_intervals(const Check& check, const char* name, const Tensor& interva
   check.dtype(name, intervals, {kInt32});
 }
 
-}  // namespace
+// The scratch memory of a layer, in floats, for so many rows and so many wanted ones.
+int64_t scratch_size(const Shape& shape, int64_t wanted) {
+  return 3 * shape.rows * shape.dim + wanted * (4 * shape.dim + shape.hidden + shape.heads);
+}
 
-void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
-                  const std::vector<Tensor>& scales, const std::vector<Tensor>& column_sums,
-                  const std::vector<Tensor>& biases, const std::vector<Tensor>& norms,
-                  const Tensor& intervals, const std::optional<Tensor>& keys,
-                  const std::optional<Tensor>& values,
-                  const std::optional<Tensor>& memory_intervals,
-                  const std::optional<Tensor>& chosen, int64_t content, int64_t heads,
-                  int64_t activation, double eps, const Tensor& y) {
-  const Check check(kName);
-  check.dims("x", x, 2, "[N, C]");
-  check.dtype("x", x, {kFloat32});
-  check_cpu(check, "x", x);
-  check_rows(check, "x", x);
-  const int64_t rows = x.size(0);
-  const int64_t dim = x.size(1);
-  if (heads < 1 || dim % heads != 0) {
-    check.fail("heads", "divide the channels of `x` (" + std::to_string(dim) + ")",
-               std::to_string(heads));
-  }
-  const bool crosses = keys.has_value();
-  for (const auto& [name, tensor] :
-       {std::pair{"values", &values}, {"memory_intervals", &memory_intervals}}) {
-    if (tensor->has_value() == crosses) continue;
-    check.fail(name, "be given with `keys`, and only then", crosses ? "None" : "it alone");
-  }
-  const size_t parts = crosses ? 3 : 2;
-  const bool bare = weights.size() == parts + 1;
-  const size_t maps = bare ? parts + 1 : 2 * parts;
-  check_count(check, "weights", weights, maps, "one for each linear map");
-  check_count(check, "biases", biases, maps, "one for each linear map");
-  if (!scales.empty() || !column_sums.empty()) {
-    check_count(check, "scales", scales, maps, "one for each linear map, or none");
-    check_count(check, "column_sums", column_sums, maps, "one for each linear map, or none");
-  }
-  if (!norms.empty()) {
-    check_count(check, "norms", norms, 2 * parts, "weight and bias for each sub-layer, or none");
-  }
-  for (const Tensor& norm : norms) {
-    check.shape("norms", norm, {dim}, "channels of `x`");
-    check.dtype("norms", norm, {kFloat32});
-    check.contiguous("norms", norm);
-  }
-  check.dims("biases", biases[maps - 2], 1, "[F]");
-  const int64_t hidden = biases[maps - 2].size(0);
-  for (size_t map = 0; map < maps; ++map) {
-    const int64_t columns = map == 0 ? 3 * dim : map == maps - 2 ? hidden : dim;
-    check.shape("biases", biases[map], {columns}, "3 C, then C each, F and C");
-  }
-  check_intervals(check, "intervals", intervals, rows);
-  if (crosses) check_intervals(check, "memory_intervals", *memory_intervals, rows);
-  if (content < 0 || content > rows) {
-    check.fail("content", "be in [0, " + std::to_string(rows) + "]", std::to_string(content));
-  }
-  int64_t wanted = rows;
-  if (chosen) {
-    check.dims("chosen", *chosen, 1, "[M]");
-    check.dtype("chosen", *chosen, {kInt64});
-    check.device("chosen", *chosen, "x", x);
-    wanted = chosen->size(0);
-    for (int64_t i = 0; i < wanted; ++i) {
-      const int64_t row = chosen->data<int64_t>()[i * chosen->stride(0)];
-      if (row >= 0 && row < rows) continue;
-      check.fail("chosen", "lie in [0, " + std::to_string(rows) + ")", std::to_string(row));
-    }
-  }
-  check.shape("y", y, {wanted, dim}, "wanted rows, channels of `x`");
-  check.dtype("y", y, {kFloat32});
-  check_cpu(check, "y", y);
-  check.contiguous("y", y);
-  check.writable("y", y);
-  if (wanted == 0) return;
-
-  const Layer layer{weights, scales, column_sums, biases, norms, eps};
+void run(const Layer& layer, const Shape& shape, const Tensor& x, const Tensor& intervals,
+         const std::optional<Memory>& memory, const Tensor* chosen, float* scratch,
+         const Tensor& y) {
+  const int64_t rows = shape.rows;
+  const int64_t dim = shape.dim;
+  const int64_t hidden = shape.hidden;
+  const int64_t heads = shape.heads;
+  const int64_t content = shape.content;
+  const int64_t wanted = y.size(0);
+  const size_t maps = shape.maps();
   const int64_t size = wanted * dim;
-  const auto memory = std::make_unique_for_overwrite<float[]>(3 * rows * dim + 4 * size +
-                                                              wanted * (hidden + heads));
-  float* const qkv = memory.get();
+  float* const qkv = scratch;
   float* const buffer[] = {qkv + 3 * rows * dim, qkv + 3 * rows * dim + size,
                            qkv + 3 * rows * dim + 2 * size, qkv + 3 * rows * dim + 3 * size};
   float* const inner_rows = buffer[3] + size;
@@ -246,7 +210,7 @@ void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
       const View y = of_heads(part_of(buffer[1]), count, dim);
       const View lse(lse_rows + first * heads, count, heads);
       const int64_t number = sees.size(1);
-      if (!chosen) {
+      if (chosen == nullptr) {
         const View own(sees.data<int32_t>() + first * sees.stride(0), kInt32, {count, number, 2},
                        {sees.stride(0), sees.stride(1), sees.stride(2)});
         interval_attention(q, k, v, own, 1.0, y, lse);
@@ -265,11 +229,11 @@ void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
       interval_attention(q, k, v, own, 1.0, y, lse);
     };
     const auto leave = [&](size_t part, size_t map, const Tensor& residual, const Tensor& out) {
-      if (bare) return layer.leave(part, attended, residual, out);
+      if (shape.bare) return layer.leave(part, attended, residual, out);
       layer.leave(part, map, attended, residual, out);
     };
 
-    if (chosen) {
+    if (chosen != nullptr) {
       const View index(chosen->data<int64_t>() + first * chosen->stride(0), kInt64, {count},
                        {chosen->stride(0)});
       gather(qkv, 3 * dim, dim, index, part_of(buffer[2]));
@@ -283,15 +247,16 @@ void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
             states);
     }
     const Tensor* last_states = &static_cast<const Tensor&>(states);
-    if (crosses) {
-      layer.enter(bare ? 1 : 2, states, query);
-      attend(of_heads(part_of(buffer[2]), count, dim), *keys, *values, *memory_intervals);
+    if (memory) {
+      layer.enter(shape.bare ? 1 : 2, states, query);
+      attend(of_heads(part_of(buffer[2]), count, dim), memory->keys, memory->values,
+             memory->intervals);
       leave(1, 3, states, crossed);
       last_states = &static_cast<const Tensor&>(crossed);
     }
     const View inner(inner_rows + first * hidden, count, hidden);
-    layer.enter(maps - 2, *last_states, inner, activation);
-    layer.leave(parts - 1, maps - 1, inner, *last_states,
+    layer.enter(maps - 2, *last_states, inner, shape.activation);
+    layer.leave(shape.parts - 1, maps - 1, inner, *last_states,
                 View(y.data<float>() + first * dim, count, dim));
   };
 
@@ -308,13 +273,115 @@ void packed_layer(const Tensor& x, const std::vector<Tensor>& weights,
         const auto [first, last] = part.of(count);
         if (first < last) body(first, last);
       } catch (...) {
-#pragma omp critical(pynar_packed_layer)
+#pragma omp critical(pynar_packed_layers)
         error = std::current_exception();
       }
     };
   };
   parallel_phases(max_threads(), guarded(rows, project), guarded(wanted, finish));
   if (error) std::rethrow_exception(error);
+}
+
+}  // namespace
+
+void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
+                   const std::vector<Tensor>& scales, const std::vector<Tensor>& column_sums,
+                   const std::vector<Tensor>& biases, const std::vector<Tensor>& norms,
+                   const Tensor& intervals, const std::vector<Tensor>& keys,
+                   const std::vector<Tensor>& values, const std::optional<Tensor>& memory_intervals,
+                   const std::optional<Tensor>& chosen, int64_t content, int64_t layers,
+                   int64_t heads, int64_t activation, double eps, const Tensor& y) {
+  const Check check(kName);
+  check.dims("x", x, 2, "[N, C]");
+  check.dtype("x", x, {kFloat32});
+  check_cpu(check, "x", x);
+  check_rows(check, "x", x);
+  const int64_t rows = x.size(0);
+  const int64_t dim = x.size(1);
+  if (heads < 1 || dim % heads != 0) {
+    check.fail("heads", "divide the channels of `x` (" + std::to_string(dim) + ")",
+               std::to_string(heads));
+  }
+  if (layers < 1) check.fail("layers", "be at least 1", std::to_string(layers));
+  const auto number = static_cast<size_t>(layers);
+  const bool crosses = !keys.empty();
+  if (crosses) check_count(check, "keys", keys, number, "one for each layer, or none");
+  check_count(check, "values", values, keys.size(), "one for each of `keys`");
+  if (memory_intervals.has_value() != crosses) {
+    check.fail("memory_intervals", "be given with `keys`, and only then",
+               crosses ? "None" : "it alone");
+  }
+  const size_t parts = crosses ? 3 : 2;
+  Shape shape{rows,    dim,        0,     heads,
+              content, activation, parts, weights.size() == (parts + 1) * number};
+  const size_t maps = shape.maps();
+  check_count(check, "weights", weights, maps * number, "one for each linear map");
+  check_count(check, "biases", biases, maps * number, "one for each linear map");
+  if (!scales.empty() || !column_sums.empty()) {
+    check_count(check, "scales", scales, maps * number, "one for each linear map, or none");
+    check_count(check, "column_sums", column_sums, maps * number,
+                "one for each linear map, or none");
+  }
+  if (!norms.empty()) {
+    check_count(check, "norms", norms, 2 * parts * number,
+                "weight and bias for each sub-layer, or none");
+  }
+  for (const Tensor& norm : norms) {
+    check.shape("norms", norm, {dim}, "channels of `x`");
+    check.dtype("norms", norm, {kFloat32});
+    check.contiguous("norms", norm);
+  }
+  check.dims("biases", biases[maps - 2], 1, "[F]");
+  const int64_t hidden = shape.hidden = biases[maps - 2].size(0);
+  for (size_t map = 0; map < biases.size(); ++map) {
+    const size_t place = map % maps;
+    const int64_t columns = place == 0 ? 3 * dim : place == maps - 2 ? hidden : dim;
+    check.shape("biases", biases[map], {columns}, "3 C, then C each, F and C");
+  }
+  check_intervals(check, "intervals", intervals, rows);
+  if (crosses) check_intervals(check, "memory_intervals", *memory_intervals, rows);
+  if (content < 0 || content > rows) {
+    check.fail("content", "be in [0, " + std::to_string(rows) + "]", std::to_string(content));
+  }
+  int64_t wanted = rows;
+  if (chosen) {
+    check.dims("chosen", *chosen, 1, "[M]");
+    check.dtype("chosen", *chosen, {kInt64});
+    check.device("chosen", *chosen, "x", x);
+    wanted = chosen->size(0);
+    for (int64_t i = 0; i < wanted; ++i) {
+      const int64_t row = chosen->data<int64_t>()[i * chosen->stride(0)];
+      if (row >= 0 && row < rows) continue;
+      check.fail("chosen", "lie in [0, " + std::to_string(rows) + ")", std::to_string(row));
+    }
+  }
+  check.shape("y", y, {wanted, dim}, "wanted rows, channels of `x`");
+  check.dtype("y", y, {kFloat32});
+  check_cpu(check, "y", y);
+  check.contiguous("y", y);
+  check.writable("y", y);
+  if (wanted == 0) return;
+
+  // Layers hand their states on in two places that take turns.
+  const int64_t most = layers > 1 ? std::max(rows, wanted) : wanted;
+  const int64_t between = layers > 1 ? rows * dim : 0;
+  const auto memory =
+      std::make_unique_for_overwrite<float[]>(2 * between + scratch_size(shape, most));
+  const View even(memory.get(), rows, dim);
+  const View odd(memory.get() + between, rows, dim);
+  const Tensor* from = &x;
+  for (size_t i = 0; i < number; ++i) {
+    const bool last = i + 1 == number;
+    const Tensor* to = last ? &y : &static_cast<const Tensor&>(i % 2 == 0 ? even : odd);
+    std::optional<Memory> read;
+    if (crosses) read.emplace(Memory{keys[i], values[i], *memory_intervals});
+    const Layer layer{advance(weights, i * maps),     advance(scales, i * maps),
+                      advance(column_sums, i * maps), advance(biases, i * maps),
+                      advance(norms, 2 * parts * i),  eps};
+    run(layer, shape, *from, intervals, read, last && chosen ? &*chosen : nullptr,
+        memory.get() + 2 * between, *to);
+    from = to;
+  }
 }
 
 }  // namespace pynar

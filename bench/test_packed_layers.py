@@ -1,4 +1,4 @@
-"""`packed_layer` against the operators it consists of, one sentence at a time, on the CPU."""
+"""`packed_layers` against the operators it consists of, one sentence at a time, on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.conftest import FORMATS, Case
 from bench.test_packed_linear import LIMITS
 from pynar import ops
-from pynar.ops.packed_layer import _OPERATOR
+from pynar.ops.packed_layers import _OPERATOR, layer_tensors
 
 DIM, HIDDEN, HEADS = 512, 2048, 8
 SHAPES = ((3 * DIM, DIM), (DIM, DIM), (DIM, DIM), (DIM, DIM), (HIDDEN, DIM), (DIM, HIDDEN))
@@ -21,13 +21,13 @@ SHAPES = ((3 * DIM, DIM), (DIM, DIM), (DIM, DIM), (DIM, DIM), (HIDDEN, DIM), (DI
 @pytest.mark.parametrize("implementation", ["pynar", "pynar's parts", "reference"])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize("rows", [10, 30, 60])
-def test_packed_layer(
+def test_packed_layers(
     run_case: Callable[[Case, str, Callable[..., Any]], None],
     rows: int,
     dtype: torch.dtype,
     implementation: str,
 ) -> None:
-    """A decoder layer of the base size."""
+    """A decoder layer of the base size, alone."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -40,14 +40,15 @@ def test_packed_layer(
     x, keys, values = draw(rows, DIM), *draw(2, rows + 1, HEADS, DIM // HEADS)
     sees = torch.tensor([0, rows], dtype=torch.int32).expand(rows, 1, 2)
     reads = torch.tensor([0, rows + 1], dtype=torch.int32).expand(rows, 1, 2)
-    tail = (rows, HEADS, 1, 1e-5)
+    memory = [keys], [values], reads
 
     def define(x: Tensor) -> Tensor:
         call = _OPERATOR.reference
-        return call(x, *layer.tensors(), sees, keys, values, reads, None, *tail)
+        tensors, options = layer_tensors([layer]), layer.options()
+        return call(x, *tensors, sees, *memory, None, rows, 1, *options)
 
     def whole(x: Tensor) -> Tensor:
-        return ops.packed_layer(x, layer, sees, memory=(keys, values, reads))
+        return ops.packed_layers(x, [layer], sees, memory=memory)
 
     def parts(x: Tensor) -> Tensor:
         def leave(index: int, h: Tensor, residual: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ def test_packed_layer(
 
     size = sum(rows * columns for rows, columns in SHAPES)
     case = Case(
-        operator="packed_layer",
+        operator="packed_layers",
         shape=f"N={rows},C={DIM},F={HIDDEN}",
         dtype=dtype,
         device=torch.device("cpu"),
