@@ -2,8 +2,8 @@
 
 "flow" is all that is no coupling of FlowSeq's base flow: actnorm and head_linear, alternating
 layouts, 48 + 48 + 16 steps, half of the channels split off and the rest squeezed in between, with
-the gradients by states and parameters. "composition" is what one writes by hand in PyTorch; it
-factors its matrices one by one.
+the gradients by states and parameters. "reference" is what one writes by hand in PyTorch; it
+factors its matrices one by one. "normflows" are the modules of that library, which know no lengths.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from bench.conftest import DEVICES, Case, compiled, device_or_skip
 from pynar import ops, reference
@@ -64,6 +65,51 @@ def _single_steps(
     return x, total
 
 
+class _Normflows:
+    """normflows on sequences whose steps are all live, with our parameters in its modules."""
+
+    def __init__(self) -> None:
+        flows = pytest.importorskip("normflows").flows
+        self.norm = flows.affine.coupling.AffineConstFlow((1,))
+        self.linear = flows.InvertibleAffine(1, use_lu=False)
+        # Its forward pass is by the inverse matrix.
+        self.linear.forward = self.linear.inverse
+        self.coupling = flows.AffineCoupling(nn.Identity(), scale_map="sigmoid_inv")
+
+    def actnorm(self, x: Tensor, n: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        y, logdet = functional_call(self.norm, {"s": s[None], "t": b[None]}, (x.flatten(0, 1),))
+        return y.view_as(x), n * logdet
+
+    def head_linear(
+        self, x: Tensor, n: Tensor, w: Tensor, layout: str = "contiguous"
+    ) -> tuple[Tensor, Tensor]:
+        dim, heads = w.shape[0], x.shape[2] // w.shape[0]
+        parts = x.unflatten(2, (heads, dim) if layout == "contiguous" else (dim, heads))
+        parts = parts if layout == "contiguous" else parts.mT
+        rows = parts.reshape(-1, dim)
+        y, logdet = functional_call(self.linear, {"W": w.T}, (rows,))
+        y = y.view(parts.shape)
+        return (y if layout == "contiguous" else y.mT).flatten(2), n * heads * logdet
+
+    def affine_coupling(
+        self, x: Tensor, n: Tensor, shift: Tensor, raw: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        parameters = torch.stack([shift, raw], 2).flatten(1, 2)
+        (_, y), logdet = self.coupling([parameters, x])
+        return y, logdet
+
+    def steps(
+        self, x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(len(lengths))
+        for k, matrix in enumerate(weight):
+            x, norm = self.actnorm(x, lengths, log_scale[k], bias[k])
+            layout = "strided" if k % 2 else "contiguous"
+            x, linear = self.head_linear(x, lengths, matrix, layout)
+            total = total + norm + linear
+        return x, total
+
+
 def _flow(steps: Callable[..., Any], split: Callable[..., Any]) -> Callable[..., Any]:
     def forward(x: Tensor, lengths: Tensor, *parameters: Tensor) -> list[Tensor]:
         results, total = [], x.new_zeros(len(lengths))
@@ -92,6 +138,7 @@ FLOWS = {
         _single_steps, lambda x, n: ops.squeeze_split(x, n, x.shape[2] // 2)
     ),
     "reference": _flow(_composed_steps, _composed_split),
+    "normflows": lambda *a: _flow(_Normflows().steps, _composed_split)(*a),
 }
 
 
@@ -177,8 +224,8 @@ def _parameters(channels: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 # How an operator is called on states, their lengths, and parameters; states read and written.
-SINGLE: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
-    name: (lambda *a, f=function: f(ops, *a), lambda *a, f=function: f(reference, *a), moved)
+SINGLE: dict[str, tuple[Callable[..., Any], int]] = {
+    name: (function, moved)
     for name, function, moved in (
         ("actnorm", lambda m, x, n, s, b, w: m.actnorm(x, n, s, b), 2),
         ("head_linear", lambda m, x, n, s, b, w: m.head_linear(x, n, w), 2),
@@ -187,7 +234,9 @@ SINGLE: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["pynar", "reference", "compiled reference"])
+@pytest.mark.parametrize(
+    "implementation", ["pynar", "reference", "compiled reference", "normflows"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch", [1, 64, pytest.param(2048, marks=GRID)], ids=lambda b: f"B{b}")
 @pytest.mark.parametrize("operator", SINGLE)
@@ -200,13 +249,16 @@ def test_one_operator(
     dtype: torch.dtype,
     implementation: str,
 ) -> None:
+    if implementation == "normflows" and dtype != torch.float32:
+        pytest.skip("takes states and parameters of one type")
     place = device_or_skip(device)
     generator = torch.Generator().manual_seed(1)
     steps, channels = 32, 256
     x = torch.randn(batch, steps, channels, generator=generator).to(place, dtype)
     lengths = torch.full((batch,), steps, device=place)
     parameters = [t.to(place) for t in _parameters(channels, generator).values()]
-    ours, defined, moved = SINGLE[operator]
+    call, moved = SINGLE[operator]
+    ours, defined = (lambda *a, m=module: call(m, *a) for module in (ops, reference))
     case = Case(
         operator=operator,
         shape=f"B={batch},T={steps},C={channels}",
@@ -218,6 +270,11 @@ def test_one_operator(
         # Log-determinants are sums of thousands of terms.
         limits={"rtol": 1e-3 if dtype == torch.float32 else 1.6e-2, "atol": 2e-2},
     )
-    functions = {"pynar": lambda: ours, "reference": lambda: defined}
+    peer = _Normflows() if implementation == "normflows" else None
+    functions = {
+        "pynar": lambda: ours,
+        "reference": lambda: defined,
+        "normflows": lambda: lambda *a: call(peer, *a),
+    }
     function = functions.get(implementation, lambda: compiled(defined))()
     run_case(case, implementation, function)

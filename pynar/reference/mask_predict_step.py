@@ -18,13 +18,13 @@ def mask_predict_step(
     """
     steps = logits.shape[1]
     excluded = torch.tensor([PAD, MASK], device=logits.device)
-    allowed = logits.to(scores.dtype).index_fill(-1, excluded, -torch.inf)
+    allowed = logits.to(scores.dtype).contiguous().index_fill(-1, excluded, -torch.inf)
     # The argmax of the logits themselves: two of them can differ by less than the rounding of their
     # log-probabilities.
     best_tokens = allowed.argmax(-1)
-    best = allowed.gather(-1, best_tokens[..., None]).squeeze(-1)
+    best = allowed.gather(-1, best_tokens[..., None])
     # log_softmax adds up a row of 32,000 float32 one after another and is off by 1e-5.
-    best_scores = best - allowed.logsumexp(-1)
+    best_scores = -(allowed - best).logsumexp(-1)
     # NaN: the row has no distribution (a NaN or +inf in it, or -inf throughout).
     best_tokens = best_tokens.masked_fill(best_scores.isnan(), UNK)
 
