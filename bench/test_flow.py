@@ -70,7 +70,8 @@ class _Normflows:
 
     def __init__(self) -> None:
         flows = pytest.importorskip("normflows").flows
-        self.norm = flows.affine.coupling.AffineConstFlow((1,))
+        # A size of 1 would count as a batch's.
+        self.norm = flows.affine.coupling.AffineConstFlow((2,))
         self.linear = flows.InvertibleAffine(1, use_lu=False)
         # Its forward pass is by the inverse matrix.
         self.linear.forward = self.linear.inverse
