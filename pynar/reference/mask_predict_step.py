@@ -24,7 +24,7 @@ def mask_predict_step(
     best_tokens = allowed.argmax(-1)
     best = allowed.gather(-1, best_tokens[..., None])
     # log_softmax adds up a row of 32,000 float32 one after another and is off by 1e-5.
-    best_scores = -(allowed - best).logsumexp(-1)
+    best_scores = -allowed.sub_(best).logsumexp(-1)
     # NaN: the row has no distribution (a NaN or +inf in it, or -inf throughout).
     best_tokens = best_tokens.masked_fill(best_scores.isnan(), UNK)
 
