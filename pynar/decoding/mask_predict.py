@@ -89,7 +89,7 @@ class MaskPredict:
                 f"MaskPredict: `target_lengths` must have shape [{len(source_lengths)}, n], "
                 f"got {list(target_lengths.shape)}"
             )
-        on_host = target_lengths.flatten().tolist()
+        on_host = [length for row in target_lengths.tolist() for length in row]
         if min(on_host, default=1) < 1:
             raise ValueError("MaskPredict: `target_lengths` must be positive")
         return max(on_host, default=0)
@@ -192,7 +192,9 @@ class MaskPredict:
         total = scores.sum(1).view(sentences, candidates)
         if candidates == 1:
             # The most probable length is always a possible one.
-            best = (total + self.length_prior * log_probs) / target_lengths
+            if self.length_prior:
+                total = total + self.length_prior * log_probs
+            best = total / target_lengths
             return Hypotheses(tokens[:, None], target_lengths, best, passes, trace)
         # A candidate that stands for no possible length cannot win, whatever the prior's weight.
         possible = log_probs > -torch.inf

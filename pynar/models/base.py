@@ -209,13 +209,14 @@ class TranslationModel(nn.Module):
         `exclusion: [V]` is -inf for symbols that are not to be produced; the model's own if None.
         Returns tokens and log-probabilities, `[N]` or `[N, k]`, and the log-sum-exp `[N]`.
         """
-        weight: Tensor | PackedWeight = self.target_embedding.tokens.weight.detach()
-        states = states.to(self.target_embedding.tokens.weight.dtype)
+        weight: Tensor | PackedWeight
         if self.packed_vocabulary is not None:
             states, weight = states.float(), self.packed_vocabulary
-        bias = (
-            self.exclusion if exclusion is None else exclusion
-        ).float()  # also where the whole model was converted
+        else:
+            weight = self.target_embedding.tokens.weight.detach()
+            states = states.to(weight.dtype)
+        bias = self.exclusion if exclusion is None else exclusion
+        bias = bias.float()  # also where the whole model was converted
         return linear_argmax(states, weight, bias, k=k, return_lse=True)  # type: ignore[return-value]
 
     def log_prob(self, states: Tensor, tokens: Tensor, lse: Tensor) -> Tensor:

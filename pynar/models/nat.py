@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pynar.data.batching import Batch
@@ -38,10 +39,10 @@ def uniform_copy(source_lengths: Tensor, target_lengths: Tensor, width: int) -> 
     Target t of T takes source round(t (S - 1) / (T - 1)); halves are rounded up, and a target of
     one token takes the first source token.
     """
-    t = torch.arange(width, device=source_lengths.device)
+    twice_t = torch.arange(0, 2 * width, 2, device=source_lengths.device)
     last_source = (source_lengths - 1)[:, None]
     last_target = (target_lengths - 1).clamp(min=1)[:, None]
-    index = (2 * t * last_source + last_target) // (2 * last_target)
+    index = torch.addcmul(last_target, twice_t, last_source) // (2 * last_target)
     return index.clamp(max=last_source)
 
 
@@ -76,10 +77,15 @@ class VanillaNAT(CMLM):
     ) -> Tensor:
         if self.config.decoder_input == "mask":
             return super().decode(tokens, lengths, memory, wanted)
-        rows = tokens.shape[0] // max(memory.lengths.shape[0], 1)
-        source_lengths = _copied_lengths(memory.lengths).repeat_interleave(rows)
+        sentences, width = memory.embedded.shape[:2]
+        candidates = tokens.shape[0] // max(sentences, 1)
+        source_lengths = _copied_lengths(memory.lengths)
+        if candidates > 1:
+            source_lengths = source_lengths.repeat_interleave(candidates)
         index = uniform_copy(source_lengths, lengths, tokens.shape[1])
-        sentence = torch.arange(len(memory.lengths), device=tokens.device)
-        copied = memory.embedded[sentence.repeat_interleave(rows)[:, None], index]
+        if sentences > 1:
+            first = torch.arange(0, sentences * width, width, device=tokens.device)
+            index = index + first.repeat_interleave(candidates)[:, None]
+        copied = F.embedding(index, memory.embedded.flatten(0, 1))
         x = self.target_embedding.norm(copied + self.target_embedding.positions(0, tokens.shape[1]))
         return self.decoder(self.dropout(x), memory, lengths, wanted)
