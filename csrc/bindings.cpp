@@ -148,6 +148,7 @@ PYBIND11_MODULE(_C, m) {
   define(m, "flow_linear_backward_workspace", &pynar::flow_linear_backward_workspace);
   define(m, "linear_argmax", &pynar::linear_argmax);
   define(m, "linear_argmax_workspace", &pynar::linear_argmax_workspace);
+  define(m, "packed_flow", &pynar::packed_flow);
   define(m, "packed_layers", &pynar::packed_layers);
   define(m, "packed_linear", &pynar::packed_linear);
   define(m, "interval_attention", &pynar::interval_attention);

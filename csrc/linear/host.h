@@ -1,7 +1,9 @@
-// What the host functions of the linear operators share: views of packed weights, scratch for
-// converted input.
+// What the host functions of the linear operators share: tensors in memory of their own, views of
+// packed weights, scratch for converted input.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 
@@ -23,6 +25,30 @@ inline void check_rows(const Check& check, const char* name, const Tensor& tenso
     check.fail(name, "have contiguous rows", "stride " + std::to_string(tensor.stride(1)));
   }
 }
+
+// A tensor in memory of our own. It stays where it is, since the tensor points into it.
+class View {
+ public:
+  View(void* data, DataType dtype, std::initializer_list<int64_t> shape,
+       std::initializer_list<int64_t> strides) {
+    std::copy(shape.begin(), shape.end(), shape_);
+    std::copy(strides.begin(), strides.end(), strides_);
+    const auto dims = static_cast<int32_t>(shape.size());
+    tensor_ = {{data, {dlpack::kCpu, 0}, dims, dtype, shape_, strides_, 0}, nullptr, false};
+  }
+  View(float* data, int64_t rows, int64_t columns)
+      : View(data, kFloat32, {rows, columns}, {columns, 1}) {}
+  View(const View&) = delete;
+  View& operator=(const View&) = delete;
+
+  operator const Tensor&() const { return tensor_; }
+
+ private:
+  static constexpr int kMaxDims = 3;
+  int64_t shape_[kMaxDims];
+  int64_t strides_[kMaxDims];
+  Tensor tensor_;
+};
 
 struct PackedView {
   const uint32_t* words;

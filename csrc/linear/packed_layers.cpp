@@ -36,30 +36,6 @@ constexpr int64_t kGrain = 1 << 15;
 // the columns of every product, since then reading the weights takes most of the time.
 constexpr int64_t kRowsToShare = 4;
 
-// A tensor in memory of our own. It stays where it is, since the tensor points into it.
-class View {
- public:
-  View(void* data, DataType dtype, std::initializer_list<int64_t> shape,
-       std::initializer_list<int64_t> strides) {
-    std::copy(shape.begin(), shape.end(), shape_);
-    std::copy(strides.begin(), strides.end(), strides_);
-    const auto dims = static_cast<int32_t>(shape.size());
-    tensor_ = {{data, {dlpack::kCpu, 0}, dims, dtype, shape_, strides_, 0}, nullptr, false};
-  }
-  View(float* data, int64_t rows, int64_t columns)
-      : View(data, kFloat32, {rows, columns}, {columns, 1}) {}
-  View(const View&) = delete;
-  View& operator=(const View&) = delete;
-
-  operator const Tensor&() const { return tensor_; }
-
- private:
-  static constexpr int kMaxDims = 3;
-  int64_t shape_[kMaxDims];
-  int64_t strides_[kMaxDims];
-  Tensor tensor_;
-};
-
 // Rows `index` of `from`, which has so many numbers a row.
 void gather(const float* from, int64_t stride, int64_t size, const Tensor& index, float* out) {
   for (int64_t i = 0; i < index.size(0); ++i) {

@@ -7,100 +7,147 @@ log-determinant is the same for each row, and known beforehand.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pynar.nn.embedding import sinusoids
 from pynar.nn.flows import ActNorm, ActNormLinear, Coupling, Flow, PositionAttention, _CouplingNet
 from pynar.nn.frozen import PackedLinear, Rows, _attend, _Frozen, _heads
-from pynar.ops import PackedLayer
+from pynar.nn.transforms import TRANSFORMS
+from pynar.ops import PackedActNorm, PackedCoupling, PackedFlowLinear, PackedLayer
 from pynar.ops._operator import OPERATORS
+from pynar.ops.packed_flow import FlowMap, flow_tensors
 from pynar.ops.packed_layers import layer_tensors
 from pynar.ops.packed_linear import PANEL
 
 __all__ = ["FrozenFlow"]
+
+Factors = tuple[Tensor, Tensor]  # log|det| and inverse of every matrix
 
 # From so many rows of the source on, keys and values of all couplings at once would go through
 # memory (256 MB for 1,024 rows of the base model); fewer rows are one product.
 ROWS_AT_ONCE = 256
 
 
-@dataclass(frozen=True)
-class RowKeysValues:
-    """Keys and values `[B * S, H, D]` of the source, for each coupling."""
+@functools.lru_cache(maxsize=64)
+def _positions(width: int, dim: int) -> Tensor:
+    """`[width, dim]`; the first position of the released code is 1."""
+    with torch.inference_mode(False):
+        return sinusoids(width + 1, dim)[1:]
 
-    rows: int  # B * S
-    of: Callable[[int], tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class SourceRows:
+    """Keys and values of the source's `count` rows for each coupling, `[B * S, 2 W]`."""
+
+    count: int
+    of: Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
 class _Level:
     """What the rows of a level see, by the number of steps in a row of a coupling: one or two."""
 
+    positions: Tensor  # [N, W]
     sees: Tensor  # int32 [N, 1, 2], the rows of their sentence
     reads: Tensor  # the same of the source
-    positions: Tensor  # [N, W]
-    ones: Tensor  # int64 [N]
 
     @staticmethod
     def of(lengths: Tensor, width: int, source: Tensor, dim: int) -> _Level:
         rows = Rows.of(lengths, width)
-        # The first position of the released code is 1.
-        table = sinusoids(width + 1, dim)[1:]
-        positions = rows.pack(table.expand(len(lengths), -1, -1)).contiguous()
-        ones = torch.ones(rows.count, dtype=torch.int64)
-        return _Level(rows.each(rows.bounds), rows.each(source), positions, ones)
+        positions = rows.pack(_positions(width, dim).expand(len(lengths), -1, -1)).contiguous()
+        sees, reads = rows.each(rows.bounds), rows.each(source)
+        return _Level(positions, sees.contiguous(), reads.contiguous())
+
+    def tensors(self) -> list[Tensor]:
+        """As `packed_flow` wants them."""
+        return [self.positions, self.sees, self.reads]
 
 
 @dataclass(frozen=True)
 class _Context:
     whole: _Level
     halves: _Level | None  # of every second row, below the top
-    keys_values: RowKeysValues
+    source: SourceRows
     inverse: bool
-    count: Tensor  # int64 [1], of the rows
-    logdets: list[Tensor]  # of couplings, one number a row; filled as maps go by
+    logdet: Tensor  # [N], what the rows' couplings have given so far; a pair has it in its first
 
 
-class _Affine:
-    """ActNorm of rows."""
+class _Run:
+    """Maps that are one call of `packed_flow`."""
 
-    def __init__(self, module: ActNorm) -> None:
-        scale, bias = module.log_scale.detach().double(), module.bias.detach().double()
-        self.there = bias.float(), scale.exp().float()
-        self.back = (-bias * (-scale).exp()).float(), (-scale).exp().float()
-        self.logdet = float(scale.sum())  # of a row
+    def __init__(self, maps: list[FlowMap], numbers: list[int], heads: int, eps: float) -> None:
+        self.numbers = numbers  # of the couplings, in the whole flow
+        self._tensors = {inverse: flow_tensors(maps, inverse) for inverse in (False, True)}
+        self._rest = heads, eps
 
     def __call__(self, x: Tensor, context: _Context) -> Tensor:
-        bias, scale = self.back if context.inverse else self.there
-        return torch.addcmul(bias, x, scale)
-
-
-class _Linear:
-    """ActNorm and the matrix of the heads."""
-
-    def __init__(self, module: ActNormLinear, factors: tuple[Tensor, Tensor]) -> None:
-        self.layout = module.layout
-        norm = tuple(part.detach()[None] for part in (module.log_scale, module.bias))
-        here = slice(module.number, module.number + 1)
-        logdet, inverse = (part[here] for part in factors)
-        self.there = *norm, module.weight.detach()[None]
-        self.back = *norm, inverse
-        heads = norm[0].shape[1] // inverse.shape[1]
-        self.logdet = float(norm[0].double().sum() + heads * logdet.double())  # of a row
-
-    def __call__(self, x: Tensor, context: _Context) -> Tensor:
-        weights = self.back if context.inverse else self.there
-        call = OPERATORS["flow_linear"].call
-        y: Tensor = call(
-            "flow_linear", x[None], context.count, *weights, self.layout, context.inverse
+        kinds, tensors = self._tensors[context.inverse]
+        y, logdet = OPERATORS["packed_flow"](
+            x,
+            kinds,
+            *tensors,
+            [context.source.of(number) for number in self.numbers],
+            context.whole.tensors(),
+            context.halves.tensors() if context.halves is not None else [],
+            *self._rest,
+            context.inverse,
         )
-        return y[0]
+        context.logdet.add_(logdet)
+        return y  # type: ignore[no-any-return]
+
+
+class _Maps:
+    """Neighbouring maps of a level, in one call or, with many rows of the source, in several.
+
+    Several, so that keys and values of one coupling after the other are made and used.
+    """
+
+    def __init__(self, modules: list[nn.Module], factors: Factors, dtype: torch.dtype) -> None:
+        maps: list[FlowMap] = [_packed(module, factors, dtype) for module in modules]
+        couplings = [module for module in modules if isinstance(module, Coupling)]
+        layers = [one.layer for one in maps if isinstance(one, PackedCoupling)]
+        options = (layers[0].heads, layers[0].eps) if layers else (1, 0.0)
+        self.logdet = sum(one.logdet for one in maps)
+        self.at_once = _Run(maps, [coupling.number for coupling in couplings], *options)
+        self.each = []
+        for module, one in zip(modules, maps, strict=True):
+            numbers = [module.number] if isinstance(module, Coupling) else []
+            self.each.append(_Run([one], numbers, *options))
+
+    def __call__(self, x: Tensor, context: _Context) -> Tensor:
+        if context.source.count < ROWS_AT_ONCE:
+            return self.at_once(x, context)
+        for run in reversed(self.each) if context.inverse else self.each:
+            x = run(x, context)
+        return x
+
+
+def _is_alone(module: nn.Module) -> bool:
+    """Whether it is a coupling that `packed_flow` does not know."""
+    return isinstance(module, Coupling) and (
+        module.net.positions is not None or module.transform is not TRANSFORMS["affine"]
+    )
+
+
+def _packed(module: nn.Module, factors: Factors, dtype: torch.dtype) -> FlowMap:
+    if isinstance(module, Coupling):
+        net = _Net(module.net, dtype)
+        output = net.output
+        return PackedCoupling(net.layer, output.packed, output.bias, module.split, module.up)
+    assert isinstance(module, ActNorm)
+    norm = module.log_scale.detach(), module.bias.detach()
+    if not isinstance(module, ActNormLinear):
+        return PackedActNorm(*norm)
+    logdet, inverse = (part[module.number] for part in factors)
+    weight = module.weight.detach()
+    return PackedFlowLinear(*norm, weight, inverse, float(logdet), module.layout)
 
 
 class _PositionAttention:
@@ -140,7 +187,7 @@ class _Net:
             PackedLinear(net.feed_forward.outer.weight, net.feed_forward.outer.bias, dtype),
         ]
         norms = [parameter.detach() for parameter in net.norms.parameters()]
-        layer = PackedLayer(
+        self.layer = PackedLayer(
             tuple(part.packed for part in maps),
             tuple(part.bias for part in maps),
             tuple(norms),
@@ -148,21 +195,23 @@ class _Net:
             "relu",
             net.norms[0].eps,  # type: ignore[arg-type]
         )
-        self._tensors = layer_tensors([layer])
-        self._options = layer.options()
+        self._tensors = layer_tensors([self.layer])
         self.output = PackedLinear(net.output.weight, net.output.bias, dtype)
 
-    def __call__(self, x: Tensor, level: _Level, source: tuple[Tensor, Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, level: _Level, source: Tensor) -> Tensor:
         x = x + level.positions if self.positions is None else self.positions(x, level)
-        keys, values = source
-        memory = [keys], [values], level.reads
+        heads = self.layer.heads
+        keys_values = _heads(source, 2 * heads)
+        memory = [keys_values[:, :heads]], [keys_values[:, heads:]], level.reads
         states = OPERATORS["packed_layers"](
-            x, *self._tensors, level.sees, *memory, None, len(x), 1, *self._options
+            x, *self._tensors, level.sees, *memory, None, len(x), 1, *self.layer.options()
         )
         return self.output(states)
 
 
 class _Coupling:
+    """One that `packed_flow` does not know: by position, or with another transform."""
+
     logdet = 0.0  # that of its rows depends on them
 
     def __init__(self, module: Coupling, dtype: torch.dtype) -> None:
@@ -177,10 +226,11 @@ class _Coupling:
         assert level is not None
         first, second = (part[0] for part in self.halves(x[None]))
         given, changed = (first, second) if self.up else (second, first)
-        net = self.net(given, level, context.keys_values.of(self.number))
+        net = self.net(given, level, context.source.of(self.number))
         # Each row is a sequence of one step, which has a log-determinant of its own.
-        changed, logdet = self.apply(changed[:, None], level.ones, net[:, None], context.inverse)
-        context.logdets.append(logdet)
+        ones = torch.ones(len(changed), dtype=torch.int64)
+        changed, logdet = self.apply(changed[:, None], ones, net[:, None], context.inverse)
+        context.logdet[:: 2 if self.by_steps else 1] += logdet
         pair = (given, changed[:, 0]) if self.up else (changed[:, 0], given)
         return self.join(*(part[None] for part in pair))[0]
 
@@ -192,17 +242,19 @@ class FrozenFlow(_Frozen):
         super().__init__()
         self.dim, self.heads, self.multiple = flow.dim, flow.heads, flow.multiple
         self.widths = flow._widths
-        factors = tuple(part.detach() for part in flow.factors())
+        logdets, inverses = flow.factors()
+        factors = logdets.detach(), inverses.detach()
 
-        def freeze(module: object) -> _Affine | _Linear | _Coupling:
-            if isinstance(module, Coupling):
-                return _Coupling(module, dtype)
-            if isinstance(module, ActNormLinear):
-                return _Linear(module, factors)  # type: ignore[arg-type]
-            assert isinstance(module, ActNorm)
-            return _Affine(module)
+        def freeze(level: Iterable[nn.Module]) -> list[_Maps | _Coupling]:
+            parts: list[_Maps | _Coupling] = []
+            for alone, modules in itertools.groupby(level, _is_alone):
+                if alone:
+                    parts += [_Coupling(module, dtype) for module in modules]  # type: ignore[arg-type]
+                else:
+                    parts.append(_Maps(list(modules), factors, dtype))
+            return parts
 
-        self.levels = [[freeze(module) for module in level] for level in flow.levels]  # type: ignore[union-attr, attr-defined]
+        self.levels = [freeze(level) for level in flow.levels]  # type: ignore[arg-type]
         self.key_value = PackedLinear(flow.key_value_weight, flow.key_value_bias, dtype)
         self.each: list[PackedLinear] = []
         if all(2 * width % PANEL == 0 for width in self.widths):
@@ -211,23 +263,19 @@ class FrozenFlow(_Frozen):
             self.each = [self.key_value.columns(*pair) for pair in bounds]
         self.training = False
 
-    def project(self, source: Tensor) -> RowKeysValues:
+    def project(self, source: Tensor) -> SourceRows:
         """Keys and values of `source: [B, S, C]`, to be asked for by each coupling."""
         rows = source.flatten(0, 1)
         if len(rows) < ROWS_AT_ONCE or not self.each:
             parts = self.key_value(rows).split([2 * width for width in self.widths], 1)
-            return RowKeysValues(len(rows), lambda number: self._halves(parts[number]))
-        return RowKeysValues(len(rows), lambda number: self._halves(self.each[number](rows)))
-
-    def _halves(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        heads = _heads(projected, 2 * self.heads)
-        return heads[:, : self.heads], heads[:, self.heads :]
+            return SourceRows(len(rows), lambda number: parts[number])
+        return SourceRows(len(rows), lambda number: self.each[number](rows))
 
     def forward(
         self,
         z: Tensor,
         lengths: Tensor,
-        keys_values: RowKeysValues,
+        keys_values: SourceRows,
         source_lengths: Tensor,
         *,
         inverse: bool = False,
@@ -240,7 +288,7 @@ class FrozenFlow(_Frozen):
                 f"Flow: `z` must have a multiple of {self.multiple} steps, got {width}"
             )
         sentences = len(source_lengths)
-        stride = keys_values.rows // max(sentences, 1)
+        stride = keys_values.count // max(sentences, 1)
         begins = torch.arange(sentences) * stride
         source = torch.stack([begins, begins + source_lengths], 1).int()
         source = source.repeat_interleave(batch // max(sentences, 1), 0)
@@ -250,8 +298,8 @@ class FrozenFlow(_Frozen):
             halves = None
             if level is not self.levels[-1]:
                 halves = _Level.of(own // 2, steps // 2, source, self.dim)
-            count = torch.tensor([len(whole.ones)])
-            contexts.append(_Context(whole, halves, keys_values, inverse, count, []))
+            logdet = torch.zeros(len(whole.positions))
+            contexts.append(_Context(whole, halves, keys_values, inverse, logdet))
             own, steps = own // 2, steps // 2
         rows = Rows.of(lengths, width)
         run = self._sample if inverse else self._encode
@@ -262,15 +310,10 @@ class FrozenFlow(_Frozen):
         """The sums over the rows of each sentence, `[B * n]`."""
         total = torch.zeros(len(lengths))
         for level, context in zip(self.levels, contexts, strict=True):
-            constant = sum(one.logdet for one in level)
+            constant = sum(part.logdet for part in level)
             total += lengths * (-constant if context.inverse else constant)
-            # A coupling by steps has half as many rows as the level.
-            for own in (lengths, lengths // 2):
-                size = int(own.sum())
-                rows = [logdet for logdet in context.logdets if len(logdet) == size]
-                if rows:
-                    sentence = torch.arange(len(own)).repeat_interleave(own)
-                    total.index_add_(0, sentence, torch.stack(rows).sum(0))
+            sentence = torch.arange(len(lengths)).repeat_interleave(lengths)
+            total.index_add_(0, sentence, context.logdet)
             lengths = lengths // 2
         return total
 

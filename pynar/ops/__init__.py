@@ -15,11 +15,20 @@ from pynar.ops.intervals import (
 )
 from pynar.ops.linear_argmax import linear_argmax
 from pynar.ops.mask_predict_step import mask_predict_step
+from pynar.ops.packed_flow import (
+    PackedActNorm,
+    PackedCoupling,
+    PackedFlowLinear,
+    packed_flow,
+)
 from pynar.ops.packed_layers import PackedLayer, packed_layers
 from pynar.ops.packed_linear import PackedWeight, pack_linear, packed_linear
 from pynar.ops.squeeze import squeeze, squeeze_split, unsqueeze, unsqueeze_join
 
 __all__ = [
+    "PackedActNorm",
+    "PackedCoupling",
+    "PackedFlowLinear",
     "PackedLayer",
     "PackedWeight",
     "actnorm",
@@ -34,6 +43,7 @@ __all__ = [
     "linear_argmax",
     "mask_predict_step",
     "pack_linear",
+    "packed_flow",
     "packed_layers",
     "packed_linear",
     "padding_intervals",

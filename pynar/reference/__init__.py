@@ -20,6 +20,7 @@ from pynar.reference.interval_attention import (
 )
 from pynar.reference.linear_argmax import linear_argmax
 from pynar.reference.mask_predict_step import mask_predict_step
+from pynar.reference.packed_flow import packed_coupling
 from pynar.reference.packed_layers import packed_layer
 from pynar.reference.packed_linear import packed_linear, round_rows, round_weight
 from pynar.reference.squeeze import squeeze, unsqueeze
@@ -41,6 +42,7 @@ __all__ = [
     "interval_mask",
     "linear_argmax",
     "mask_predict_step",
+    "packed_coupling",
     "packed_layer",
     "packed_linear",
     "round_rows",
