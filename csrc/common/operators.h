@@ -109,13 +109,12 @@ void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
                    const std::vector<Tensor>& values, const std::optional<Tensor>& memory_intervals,
                    const std::optional<Tensor>& chosen, int64_t content, int64_t layers,
                    int64_t heads, int64_t activation, double eps, const Tensor& y);
-void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds,
-                 const std::vector<Tensor>& linear, const std::vector<Tensor>& weights,
-                 const std::vector<Tensor>& scales, const std::vector<Tensor>& column_sums,
-                 const std::vector<Tensor>& biases, const std::vector<Tensor>& norms,
-                 const std::vector<Tensor>& memory, const std::vector<Tensor>& rows,
-                 const std::vector<Tensor>& pairs, int64_t heads, double eps, bool inverse,
-                 const Tensor& y, const Tensor& logdet);
+void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tensor& linear,
+                 const Tensor& weights, const Tensor& scales, const Tensor& column_sums,
+                 const Tensor& biases, const Tensor& norms, const Tensor& memory,
+                 const std::vector<Tensor>& rows, const std::vector<Tensor>& pairs, int64_t heads,
+                 int64_t hidden, int64_t matrix, double eps, bool inverse, const Tensor& y,
+                 const Tensor& logdet);
 int64_t linear_argmax_workspace(int64_t rows, int64_t columns, int64_t k);
 std::optional<LaunchPlan> linear_argmax(const Tensor& x, const Tensor& weight,
                                         const std::optional<Tensor>& scales,

@@ -3,16 +3,23 @@
 // packed_layers with bare attention and a linear map to shift and scale. `kinds` tells them apart:
 //
 //   0     actnorm        log scale and bias [C] of `linear`
-//   1, 2  flow_linear    log scale and bias [1, C] and matrix [1, d, d] of `linear`; contiguous or
-//                        strided heads
+//   1, 2  flow_linear    log scale and bias [C] and matrix [d, d] of `linear`; contiguous or strided
+//                        heads
 //   3...  couplings      3 + 2 split + (1 if the second half decides), split by the first and last
 //                        channels, by even and odd ones, or by even and odd rows
 //
 // With `inverse` they are undone from the last to the first. A coupling's network reads rows [N, W]
 // of the half that decides, or [N / 2, W] if it is every second row: `rows`, or `pairs`, are the
 // positions [n, W] that are added to it, and which rows of its sentence [n, R, 2] and of `memory`
-// [n, R, 2] a row attends to. Keys and values, each W wide, are neighbours in `memory`.
-#include <cstring>
+// [n, R, 2] a row attends to. The columns of `memory` are keys and values of each coupling.
+//
+// What maps have of their own lies in one tensor of each sort, map after map: of a coupling five
+// weights ([3 W, W], [W, W], [F, W], [W, F], [2 W, W], packed), their scales and column sums where
+// they are int8, biases, and weight and bias of three normalisations. Tensors by the thousand would
+// take longer to hand over than the products do; and the next weight is what follows in memory,
+// which is what the kernels prefetch.
+#include <algorithm>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -20,6 +27,7 @@
 #include "common/operators.h"
 #include "common/parallel.h"
 #include "linear/host.h"
+#include "linear/packed_linear.h"
 
 // It copies rows; see csrc/attention/interval_tiles.cpp.
 #pragma GCC optimize("O2")
@@ -34,7 +42,7 @@ constexpr int64_t kGrain = 1 << 15;
 enum Kind : int64_t { kActNorm, kContiguous, kStrided, kCoupling };
 enum class Split : int64_t { kFeatures, kAlternate, kSteps };
 
-// Maps of each coupling, and normalisations with weight and bias each.
+// Linear maps of each coupling, and vectors of its normalisations.
 constexpr size_t kMaps = 5;
 constexpr size_t kNorms = 6;
 
@@ -108,48 +116,143 @@ void check_rows_of(const Check& check, const char* name, const std::vector<Tenso
   }
 }
 
-void check_count(const Check& check, const char* name, const std::vector<Tensor>& tensors,
-                 size_t wanted, const char* meaning) {
-  if (tensors.size() == wanted) return;
-  check.fail(name, "have " + std::to_string(wanted) + " tensors (" + meaning + ")",
-             std::to_string(tensors.size()));
+void check_flat(const Check& check, const char* name, const Tensor& tensor, DataType dtype,
+                int64_t size) {
+  check.shape(name, tensor, {size}, "numbers of all maps");
+  check.dtype(name, tensor, {dtype});
+  check_cpu(check, name, tensor);
+  check.contiguous(name, tensor);
 }
 
-std::vector<Tensor> part(const std::vector<Tensor>& tensors, size_t first, size_t count) {
-  if (tensors.empty()) return {};
-  return {tensors.begin() + first, tensors.begin() + first + count};
-}
+// Outputs and inputs of a coupling's maps, for a width and a width of the hidden layer.
+struct Maps {
+  int64_t outputs[kMaps];
+  int64_t inputs[kMaps];
 
-std::optional<Tensor> at(const std::vector<Tensor>& tensors, size_t i) {
-  if (tensors.empty()) return std::nullopt;
-  return tensors[i];
-}
+  Maps(int64_t width, int64_t hidden)
+      : outputs{3 * width, width, hidden, width, 2 * width},
+        inputs{width, width, width, hidden, width} {}
+};
+
+// Where a coupling begins in each of the tensors, or how much it takes of them.
+struct Place {
+  int64_t data, sums, biases, norms, memory;
+
+  static Place of(int64_t width, int64_t hidden, WeightFormat format) {
+    const Maps maps(width, hidden);
+    Place place{0, 0, 0, static_cast<int64_t>(kNorms) * width, 2 * width};
+    const int64_t per_word = depth_per_word(format);
+    for (size_t i = 0; i < kMaps; ++i) {
+      const int64_t columns = div_up(maps.outputs[i], kPanel) * kPanel;
+      place.data += columns * div_up(maps.inputs[i], per_word) * per_word;
+      place.sums += format == WeightFormat::kInt8 ? columns : 0;
+      place.biases += maps.outputs[i];
+    }
+    return place;
+  }
+  void move(const Place& by, int64_t sign) {
+    data += sign * by.data;
+    sums += sign * by.sums;
+    biases += sign * by.biases;
+    norms += sign * by.norms;
+    memory += sign * by.memory;
+  }
+};
+
+// A coupling's network, as views of the tensors of all.
+struct Network {
+  std::vector<Tensor> weights, scales, column_sums, biases, norms;
+
+  Network(int64_t width, int64_t hidden, Place place, const Tensor& data, const Tensor& all_scales,
+          const Tensor& all_sums, const Tensor& all_biases, const Tensor& all_norms) {
+    const Maps maps(width, hidden);
+    const WeightFormat format = format_of(data.dtype());
+    const int64_t per_word = depth_per_word(format);
+    const int64_t bytes = data.dtype().bits / 8;
+    for (size_t i = 0; i < kMaps; ++i) {
+      const int64_t panels = div_up(maps.outputs[i], kPanel);
+      const int64_t steps = div_up(maps.inputs[i], per_word);
+      const int64_t step = kPanel * per_word;
+      const bool layer = i + 1 < kMaps;
+      add(layer ? weights : last_, data.data<char>() + place.data * bytes, data.dtype(),
+          {panels, steps, kPanel, per_word}, {steps * step, step, per_word, 1});
+      place.data += panels * steps * step;
+      add(layer ? biases : last_, all_biases.data<float>() + place.biases, kFloat32,
+          {maps.outputs[i]}, {1});
+      place.biases += maps.outputs[i];
+      if (format != WeightFormat::kInt8) continue;
+      const int64_t columns = panels * kPanel;
+      add(layer ? scales : last_, all_scales.data<float>() + place.sums, kFloat32, {columns}, {1});
+      add(layer ? column_sums : last_, all_sums.data<int32_t>() + place.sums, kInt32, {columns},
+          {1});
+      place.sums += columns;
+    }
+    for (size_t i = 0; i < kNorms; ++i) {
+      add(norms, all_norms.data<float>() + place.norms, kFloat32, {width}, {1});
+      place.norms += width;
+    }
+  }
+
+  // The map behind the layer.
+  void put_out(const Tensor& x, const Tensor& y) const {
+    std::optional<Tensor> scale, sums;
+    if (last_.size() > 2) {
+      scale = last_[2];
+      sums = last_[3];
+    }
+    packed_linear(x, last_[0], scale, sums, last_[1], std::nullopt, std::nullopt, std::nullopt, 0,
+                  -1, 0, y);
+  }
+
+ private:
+  void add(std::vector<Tensor>& to, void* data, DataType dtype,
+           std::initializer_list<int64_t> shape, std::initializer_list<int64_t> strides) {
+    to.push_back(views_.emplace_back(data, dtype, shape, strides));
+  }
+
+  std::vector<Tensor> last_;
+  std::deque<View> views_;  // which tensors point into
+};
 
 }  // namespace
 
-void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds,
-                 const std::vector<Tensor>& linear, const std::vector<Tensor>& weights,
-                 const std::vector<Tensor>& scales, const std::vector<Tensor>& column_sums,
-                 const std::vector<Tensor>& biases, const std::vector<Tensor>& norms,
-                 const std::vector<Tensor>& memory, const std::vector<Tensor>& rows,
-                 const std::vector<Tensor>& pairs, int64_t heads, double eps, bool inverse,
-                 const Tensor& y, const Tensor& logdet) {
+void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tensor& linear,
+                 const Tensor& weights, const Tensor& scales, const Tensor& column_sums,
+                 const Tensor& biases, const Tensor& norms, const Tensor& memory,
+                 const std::vector<Tensor>& rows, const std::vector<Tensor>& pairs, int64_t heads,
+                 int64_t hidden, int64_t matrix, double eps, bool inverse, const Tensor& y,
+                 const Tensor& logdet) {
   const Check check(kName);
   check.dims("x", x, 2, "[N, C]");
   check.dtype("x", x, {kFloat32});
   check_cpu(check, "x", x);
   check_rows(check, "x", x);
+  check.dtype("weights", weights, {kFloat32, kBFloat16, kInt8});
+  const WeightFormat format = format_of(weights.dtype());
   const int64_t count = x.size(0);
   const int64_t dim = x.size(1);
-  size_t couplings = 0, numbers = 0;
+  if (hidden < 1) check.fail("hidden", "be at least 1", std::to_string(hidden));
+  if (matrix < 1) check.fail("matrix", "be at least 1", std::to_string(matrix));
+  const auto width_of = [&](int64_t kind) {
+    return split_of(kind) == Split::kSteps ? dim : dim / 2;
+  };
+  const auto numbers_of = [&](int64_t kind) {
+    return 2 * dim + (kind == kActNorm ? 0 : matrix * matrix);
+  };
+  int64_t couplings = 0, numbers = 0;
   bool by_steps = false;
+  Place all_places{};
   for (const int64_t kind : kinds) {
     if (kind < 0 || kind > kCoupling + 5) {
       check.fail("kinds", "be in [0, 8]", std::to_string(kind));
     }
-    couplings += is_coupling(kind);
-    by_steps = by_steps || (is_coupling(kind) && split_of(kind) == Split::kSteps);
-    numbers += is_coupling(kind) ? 0 : kind == kActNorm ? 2 : 3;
+    if (!is_coupling(kind)) {
+      numbers += numbers_of(kind);
+      continue;
+    }
+    ++couplings;
+    by_steps = by_steps || split_of(kind) == Split::kSteps;
+    all_places.move(Place::of(width_of(kind), hidden, format), 1);
   }
   if (couplings > 0 && dim % 2 != 0) {
     check.fail("x", "have an even number of channels", std::to_string(dim));
@@ -157,20 +260,22 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds,
   if (by_steps && count % 2 != 0) {
     check.fail("x", "have an even number of rows", std::to_string(count));
   }
-  check_count(check, "linear", linear, numbers, "two for each actnorm, three for each flow_linear");
-  check_count(check, "weights", weights, kMaps * couplings, "five for each coupling");
-  check_count(check, "biases", biases, kMaps * couplings, "five for each coupling");
-  if (!scales.empty() || !column_sums.empty()) {
-    check_count(check, "scales", scales, kMaps * couplings, "five for each coupling, or none");
-    check_count(check, "column_sums", column_sums, kMaps * couplings,
-                "five for each coupling, or none");
-  }
-  check_count(check, "norms", norms, kNorms * couplings, "six for each coupling");
-  check_count(check, "memory", memory, couplings, "one for each coupling");
   if (couplings > 0 && (heads < 1 || dim / 2 % heads != 0)) {
     check.fail("heads", "divide half the channels of `x` (" + std::to_string(dim / 2) + ")",
                std::to_string(heads));
   }
+  check_flat(check, "linear", linear, kFloat32, numbers);
+  check_flat(check, "weights", weights, weights.dtype(), all_places.data);
+  check_flat(check, "scales", scales, kFloat32, all_places.sums);
+  check_flat(check, "column_sums", column_sums, kInt32, all_places.sums);
+  check_flat(check, "biases", biases, kFloat32, all_places.biases);
+  check_flat(check, "norms", norms, kFloat32, all_places.norms);
+  check.dims("memory", memory, 2, "[S, M]");
+  check.shape("memory", memory, {memory.size(0), all_places.memory},
+              "keys and values of each coupling");
+  check.dtype("memory", memory, {kFloat32});
+  check_cpu(check, "memory", memory);
+  check_rows(check, "memory", memory);
   if (couplings > 0) check_rows_of(check, "rows", rows, count, dim / 2);
   if (by_steps) check_rows_of(check, "pairs", pairs, count / 2, dim);
   check.shape("y", y, {count, dim}, "that of `x`");
@@ -202,15 +307,13 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds,
   float* const parameters = after + half;
   float* const row_logdet = parameters + 2 * half;
   // Each row is a sequence of one step, with a log-determinant of its own.
-  const std::vector<int64_t> ones(count, 1);
-  const auto lengths_of = [&](int64_t number) {
-    return View(const_cast<int64_t*>(ones.data()), kInt64, {number}, {1});
-  };
+  const auto ones = std::make_unique_for_overwrite<int64_t[]>(count);
+  std::fill(ones.get(), ones.get() + count, 1);
   const View all(states, kFloat32, {1, count, dim}, {count * dim, dim, 1});
   int64_t whole = count;
   const View whole_length(&whole, kInt64, {1}, {1});
 
-  const auto couple = [&](int64_t kind, size_t number) {
+  const auto couple = [&](int64_t kind, const Place& place) {
     const Split split = split_of(kind);
     const bool second_decides = (kind - kCoupling) % 2 == 1;
     const HalfRows deciding = HalfRows::of(states, count, dim, split, second_decides);
@@ -218,56 +321,59 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds,
     const int64_t n = deciding.count;
     const int64_t width = deciding.width;
     const std::vector<Tensor>& own = split == Split::kSteps ? pairs : rows;
-    const Tensor& source = memory[number];
-    check.dims("memory", source, 2, "[S, 2 W]");
-    check.shape("memory", source, {source.size(0), 2 * width}, "keys and values");
-    check_rows(check, "memory", source);
+    const Network network(width, hidden, place, weights, scales, column_sums, biases, norms);
     const auto of_heads = [&](int64_t begin) {
-      return View(source.data<float>() + begin, source.dtype(),
-                  {source.size(0), heads, width / heads}, {source.stride(0), width / heads, 1});
+      return View(memory.data<float>() + place.memory + begin, kFloat32,
+                  {memory.size(0), heads, width / heads}, {memory.stride(0), width / heads, 1});
     };
     const View keys = of_heads(0);
     const View values = of_heads(width);
-    const size_t first = kMaps * number;
     take_at(deciding, own[0], given);
-    packed_layers(View(given, n, width), part(weights, first, kMaps - 1),
-                  part(scales, first, kMaps - 1), part(column_sums, first, kMaps - 1),
-                  part(biases, first, kMaps - 1), part(norms, kNorms * number, kNorms), own[1],
-                  {keys}, {values}, own[2], std::nullopt, n, 1, heads, 1, eps,
-                  View(made, n, width));
-    const size_t last = first + kMaps - 1;
-    packed_linear(View(made, n, width), weights[last], at(scales, last), at(column_sums, last),
-                  biases[last], std::nullopt, std::nullopt, std::nullopt, 0, -1, 0,
-                  View(parameters, n, 2 * width));
+    packed_layers(View(given, n, width), network.weights, network.scales, network.column_sums,
+                  network.biases, network.norms, own[1], {keys}, {values}, own[2], std::nullopt, n,
+                  1, heads, static_cast<int64_t>(Activation::kRelu), eps, View(made, n, width));
+    network.put_out(View(made, n, width), View(parameters, n, 2 * width));
     take(changing, before);
     const auto steps = [&](float* data, int64_t stride) {
       return View(data, kFloat32, {n, 1, width}, {stride, stride, 1});
     };
-    affine_coupling(steps(before, width), lengths_of(n), steps(parameters, 2 * width),
-                    steps(parameters + width, 2 * width), inverse, steps(after, width),
-                    View(row_logdet, kFloat32, {n}, {1}),
+    affine_coupling(steps(before, width), View(ones.get(), kInt64, {n}, {1}),
+                    steps(parameters, 2 * width), steps(parameters + width, 2 * width), inverse,
+                    steps(after, width), View(row_logdet, kFloat32, {n}, {1}),
                     View(row_logdet + count, kFloat32, {n, 1}, {1, 1}));
     put(after, changing);
     // Of a pair of rows it counts for the first.
     const int64_t apart = count / n;
     for (int64_t i = 0; i < n; ++i) total[i * apart] += row_logdet[i];
   };
+  const auto map_linearly = [&](int64_t kind, float* numbers) {
+    float* const bias = numbers + dim;
+    if (kind == kActNorm) {
+      const View log_scale(numbers, kFloat32, {dim}, {1});
+      actnorm(all, whole_length, log_scale, View(bias, kFloat32, {dim}, {1}), inverse, all);
+      return;
+    }
+    const View log_scale(numbers, 1, dim);
+    const View product(bias + dim, kFloat32, {1, matrix, matrix}, {matrix * matrix, matrix, 1});
+    flow_linear("flow_linear", all, whole_length, static_cast<const Tensor&>(log_scale),
+                static_cast<const Tensor&>(View(bias, 1, dim)), product, kind - kContiguous,
+                inverse, all);
+  };
 
-  size_t coupling = inverse ? couplings : 0;
-  size_t next = inverse ? numbers : 0;
+  Place place = inverse ? all_places : Place{};
+  int64_t first = inverse ? numbers : 0;
   for (size_t i = 0; i < kinds.size(); ++i) {
     const int64_t kind = kinds[inverse ? kinds.size() - 1 - i : i];
     if (is_coupling(kind)) {
-      couple(kind, inverse ? --coupling : coupling++);
-      continue;
-    }
-    const size_t size = kind == kActNorm ? 2 : 3;
-    const size_t here = inverse ? next -= size : (next += size) - size;
-    if (kind == kActNorm) {
-      actnorm(all, whole_length, linear[here], linear[here + 1], inverse, all);
+      const Place size = Place::of(width_of(kind), hidden, format);
+      if (inverse) place.move(size, -1);
+      couple(kind, place);
+      if (!inverse) place.move(size, 1);
     } else {
-      flow_linear("flow_linear", all, whole_length, linear[here], linear[here + 1],
-                  linear[here + 2], kind - kContiguous, inverse, all);
+      const int64_t size = numbers_of(kind);
+      if (inverse) first -= size;
+      map_linearly(kind, linear.data<float>() + first);
+      if (!inverse) first += size;
     }
   }
 }

@@ -44,11 +44,17 @@ class View {
   operator const Tensor&() const { return tensor_; }
 
  private:
-  static constexpr int kMaxDims = 3;
+  static constexpr int kMaxDims = 4;
   int64_t shape_[kMaxDims];
   int64_t strides_[kMaxDims];
   Tensor tensor_;
 };
+
+inline WeightFormat format_of(DataType dtype) {
+  return dtype == kFloat32    ? WeightFormat::kFloat32
+         : dtype == kBFloat16 ? WeightFormat::kBFloat16
+                              : WeightFormat::kInt8;
+}
 
 struct PackedView {
   const uint32_t* words;
@@ -68,9 +74,7 @@ inline PackedView view_packed(const Check& check, const Tensor& weight,
   check.dtype("weight", weight, {kFloat32, kBFloat16, kInt8});
   check_cpu(check, "weight", weight);
   check.contiguous("weight", weight);
-  const WeightFormat format = weight.dtype() == kFloat32    ? WeightFormat::kFloat32
-                              : weight.dtype() == kBFloat16 ? WeightFormat::kBFloat16
-                                                            : WeightFormat::kInt8;
+  const WeightFormat format = format_of(weight.dtype());
   const int64_t per_word = depth_per_word(format);
   const int64_t panels = weight.size(0);
   check.shape("weight", weight, {panels, div_up(depth, per_word), kPanel, per_word},

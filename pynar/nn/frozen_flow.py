@@ -22,7 +22,7 @@ from pynar.nn.frozen import PackedLinear, Rows, _attend, _Frozen, _heads
 from pynar.nn.transforms import TRANSFORMS
 from pynar.ops import PackedActNorm, PackedCoupling, PackedFlowLinear, PackedLayer
 from pynar.ops._operator import OPERATORS
-from pynar.ops.packed_flow import FlowMap, flow_tensors
+from pynar.ops.packed_flow import FlowMap, FlowTensors
 from pynar.ops.packed_layers import layer_tensors
 from pynar.ops.packed_linear import PANEL
 
@@ -44,10 +44,13 @@ def _positions(width: int, dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Keys and values of the source's `count` rows for each coupling, `[B * S, 2 W]`."""
+    """Keys and values of the source's `count` rows for couplings next to each other.
+
+    Of those from one number to another, that one left out: `[B * S, M]`.
+    """
 
     count: int
-    of: Callable[[int], Tensor]
+    of: Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -80,23 +83,21 @@ class _Context:
 
 
 class _Run:
-    """Maps that are one call of `packed_flow`."""
+    """Maps that are one call of `packed_flow`; couplings from number `first` to `last`."""
 
-    def __init__(self, maps: list[FlowMap], numbers: list[int], heads: int, eps: float) -> None:
-        self.numbers = numbers  # of the couplings, in the whole flow
-        self._tensors = {inverse: flow_tensors(maps, inverse) for inverse in (False, True)}
-        self._rest = heads, eps
+    def __init__(self, tensors: FlowTensors, first: int, last: int) -> None:
+        self.tensors, self.couplings = tensors, (first, last)
 
     def __call__(self, x: Tensor, context: _Context) -> Tensor:
-        kinds, tensors = self._tensors[context.inverse]
+        kinds, tensors = self.tensors.arguments(context.inverse)
         y, logdet = OPERATORS["packed_flow"](
             x,
             kinds,
             *tensors,
-            [context.source.of(number) for number in self.numbers],
+            context.source.of(*self.couplings),
             context.whole.tensors(),
             context.halves.tensors() if context.halves is not None else [],
-            *self._rest,
+            *self.tensors.options,
             context.inverse,
         )
         context.logdet.add_(logdet)
@@ -110,16 +111,17 @@ class _Maps:
     """
 
     def __init__(self, modules: list[nn.Module], factors: Factors, dtype: torch.dtype) -> None:
-        maps: list[FlowMap] = [_packed(module, factors, dtype) for module in modules]
-        couplings = [module for module in modules if isinstance(module, Coupling)]
-        layers = [one.layer for one in maps if isinstance(one, PackedCoupling)]
-        options = (layers[0].heads, layers[0].eps) if layers else (1, 0.0)
+        maps = [_packed(module, factors, dtype) for module in modules]
         self.logdet = sum(one.logdet for one in maps)
-        self.at_once = _Run(maps, [coupling.number for coupling in couplings], *options)
-        self.each = []
-        for module, one in zip(modules, maps, strict=True):
-            numbers = [module.number] if isinstance(module, Coupling) else []
-            self.each.append(_Run([one], numbers, *options))
+        whole, each = FlowTensors.each(maps)
+        numbers = [module.number for module in modules if isinstance(module, Coupling)]
+        first, last = (numbers[0], numbers[-1] + 1) if numbers else (0, 0)
+        self.at_once = _Run(whole, first, last)
+        self.each: list[_Run] = []
+        for module, tensors in zip(modules, each, strict=True):
+            after = first + isinstance(module, Coupling)
+            self.each.append(_Run(tensors, first, after))
+            first = after
 
     def __call__(self, x: Tensor, context: _Context) -> Tensor:
         if context.source.count < ROWS_AT_ONCE:
@@ -226,7 +228,7 @@ class _Coupling:
         assert level is not None
         first, second = (part[0] for part in self.halves(x[None]))
         given, changed = (first, second) if self.up else (second, first)
-        net = self.net(given, level, context.source.of(self.number))
+        net = self.net(given, level, context.source.of(self.number, self.number + 1))
         # Each row is a sequence of one step, which has a log-determinant of its own.
         ones = torch.ones(len(changed), dtype=torch.int64)
         changed, logdet = self.apply(changed[:, None], ones, net[:, None], context.inverse)
@@ -241,7 +243,7 @@ class FrozenFlow(_Frozen):
     def __init__(self, flow: Flow, dtype: torch.dtype) -> None:
         super().__init__()
         self.dim, self.heads, self.multiple = flow.dim, flow.heads, flow.multiple
-        self.widths = flow._widths
+        self.columns = [0, *itertools.accumulate(2 * width for width in flow._widths)]
         logdets, inverses = flow.factors()
         factors = logdets.detach(), inverses.detach()
 
@@ -256,20 +258,17 @@ class FrozenFlow(_Frozen):
 
         self.levels = [freeze(level) for level in flow.levels]  # type: ignore[arg-type]
         self.key_value = PackedLinear(flow.key_value_weight, flow.key_value_bias, dtype)
-        self.each: list[PackedLinear] = []
-        if all(2 * width % PANEL == 0 for width in self.widths):
-            ends = [*itertools.accumulate(2 * width for width in self.widths)]
-            bounds = zip([0, *ends], ends, strict=False)
-            self.each = [self.key_value.columns(*pair) for pair in bounds]
+        self.by_panels = all(column % PANEL == 0 for column in self.columns)
         self.training = False
 
     def project(self, source: Tensor) -> SourceRows:
         """Keys and values of `source: [B, S, C]`, to be asked for by each coupling."""
         rows = source.flatten(0, 1)
-        if len(rows) < ROWS_AT_ONCE or not self.each:
-            parts = self.key_value(rows).split([2 * width for width in self.widths], 1)
-            return SourceRows(len(rows), lambda number: parts[number])
-        return SourceRows(len(rows), lambda number: self.each[number](rows))
+        columns, key_value = self.columns, self.key_value
+        if len(rows) < ROWS_AT_ONCE or not self.by_panels:
+            whole = key_value(rows)
+            return SourceRows(len(rows), lambda a, b: whole[:, columns[a] : columns[b]])
+        return SourceRows(len(rows), lambda a, b: key_value.columns(columns[a], columns[b])(rows))
 
     def forward(
         self,

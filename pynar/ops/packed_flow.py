@@ -13,13 +13,12 @@ from pynar import reference
 from pynar.ops._checks import Check
 from pynar.ops._operator import Operator
 from pynar.ops.packed_layers import PackedLayer
-from pynar.ops.packed_linear import PackedWeight, check_packed
+from pynar.ops.packed_linear import PANEL, PackedWeight
 
 __all__ = ["PackedActNorm", "PackedCoupling", "PackedFlowLinear", "packed_flow"]
 
 SPLITS = ("features", "alternate", "steps")
 _LAYOUTS = ("contiguous", "strided")
-_MAPS, _NORMS = 5, 6  # of a coupling
 
 
 @dataclass(frozen=True)
@@ -78,29 +77,81 @@ FlowMap = PackedActNorm | PackedFlowLinear | PackedCoupling
 RowsOf = tuple[Tensor, Tensor, Tensor]
 
 
-def flow_tensors(maps: Sequence[FlowMap], inverse: bool) -> tuple[list[int], list[list[Tensor]]]:
-    """The operator's `kinds`, and its arguments from `linear` to `norms`."""
-    kinds: list[int] = []
-    linear: list[Tensor] = []
-    weights: list[PackedWeight] = []
-    biases: list[Tensor] = []
-    norms: list[Tensor] = []
-    for one in maps:
-        if isinstance(one, PackedCoupling):
-            kinds.append(3 + 2 * SPLITS.index(one.split) + (not one.up))
-            weights += *one.layer.weights, one.output
-            biases += *one.layer.biases, one.output_bias
-            norms += one.layer.norms
-        elif isinstance(one, PackedFlowLinear):
-            kinds.append(1 + _LAYOUTS.index(one.layout))
-            matrix = one.inverse if inverse else one.weight
-            linear += one.log_scale[None], one.bias[None], matrix[None].contiguous()
-        else:
-            kinds.append(0)
-            linear += one.log_scale, one.bias
-    scales = [w.scales for w in weights if w.scales is not None]
-    sums = [w.column_sums for w in weights if w.column_sums is not None]
-    return kinds, [linear, [w.data for w in weights], scales, sums, biases, norms]
+@dataclass(frozen=True)
+class FlowTensors:
+    """What the operator wants of maps: their kinds, and one tensor of each sort for all of them."""
+
+    kinds: list[int]
+    linear: dict[bool, Tensor]  # by direction
+    weights: list[Tensor]  # from `weights` to `norms`
+    options: tuple[int, int, int, float]  # from `heads` to `eps`
+
+    @staticmethod
+    def of(maps: Sequence[FlowMap]) -> FlowTensors:
+        return FlowTensors.each(maps)[0]
+
+    @staticmethod
+    def each(maps: Sequence[FlowMap]) -> tuple[FlowTensors, list[FlowTensors]]:
+        """Of all maps, and of each alone; these are views."""
+        couplings = [one for one in maps if isinstance(one, PackedCoupling)]
+        steps = [one for one in maps if isinstance(one, PackedFlowLinear)]
+        dtype = couplings[0].output.data.dtype if couplings else torch.float32
+        layer = couplings[0].layer if couplings else None
+        options = (
+            layer.heads if layer else 1,
+            len(layer.biases[2]) if layer else 1,
+            len(steps[0].weight) if steps else 1,
+            layer.eps if layer else 0.0,
+        )
+        kinds = [_kind(one) for one in maps]
+        fp32 = torch.float32
+        types = (fp32, fp32, dtype, fp32, torch.int32, fp32, fp32)
+        parts = [list(map(_join, _parts(one), types)) for one in maps]
+        whole = [_join(own, t) for own, t in zip(_by_sort(parts), types, strict=True)]
+        views = [
+            tensor.split([len(part) for part in own])
+            for tensor, own in zip(whole, _by_sort(parts), strict=True)
+        ]
+
+        def made(kinds: list[int], tensors: list[Tensor]) -> FlowTensors:
+            linear = {False: tensors[0], True: tensors[1]}
+            return FlowTensors(kinds, linear, tensors[2:], options)
+
+        alone = [made([kind], [v[i] for v in views]) for i, kind in enumerate(kinds)]
+        return made(kinds, whole), alone
+
+    def arguments(self, inverse: bool) -> tuple[list[int], list[Tensor]]:
+        """The operator's, from `kinds` to `norms`."""
+        return self.kinds, [self.linear[inverse], *self.weights]
+
+
+def _kind(one: FlowMap) -> int:
+    if isinstance(one, PackedCoupling):
+        return 3 + 2 * SPLITS.index(one.split) + (not one.up)
+    return 1 + _LAYOUTS.index(one.layout) if isinstance(one, PackedFlowLinear) else 0
+
+
+def _parts(one: FlowMap) -> list[list[Tensor]]:
+    """What a map has of each sort: `linear` forward and back, and from `weights` to `norms`."""
+    if isinstance(one, PackedCoupling):
+        packed = [*one.layer.weights, one.output]
+        scales = [w.scales for w in packed if w.scales is not None]
+        sums = [w.column_sums for w in packed if w.column_sums is not None]
+        biases = [*one.layer.biases, one.output_bias]
+        return [[], [], [w.data for w in packed], scales, sums, biases, [*one.layer.norms]]
+    norm = [one.log_scale, one.bias]
+    if isinstance(one, PackedFlowLinear):
+        return [[*norm, one.weight], [*norm, one.inverse], [], [], [], [], []]
+    return [norm, norm, [], [], [], [], []]
+
+
+def _by_sort(parts: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[own[i] for own in parts] for i in range(7)]
+
+
+def _join(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    flat = [tensor.detach().flatten() for tensor in tensors]
+    return torch.cat(flat) if flat else torch.empty(0, dtype=dtype)
 
 
 def packed_flow(
@@ -146,21 +197,34 @@ def packed_flow(
                 check.fail("layout", f"be one of {', '.join(_LAYOUTS)}", repr(one.layout))
         elif not isinstance(one, PackedActNorm):
             check.fail("maps", "be packed maps of a flow", type(one).__name__)
-    heads, eps = (layers[0].heads, layers[0].eps) if layers else (1, 0.0)
-    for layer in layers:
-        if (layer.heads, layer.eps, layer.activation) != (heads, eps, "relu"):
-            got = f"{layer.heads}, {layer.eps}, {layer.activation}"
-            check.fail("maps", f"agree in heads, eps, activation ({heads}, {eps}, relu)", got)
-    kinds, tensors = flow_tensors(maps, inverse)
+    shared = [
+        (
+            layer.heads,
+            layer.eps,
+            layer.activation,
+            len(layer.biases[2]),
+            layer.weights[0].data.dtype,
+        )
+        for layer in layers
+    ]
+    for own in shared:
+        wanted = (*shared[0][:2], "relu", *shared[0][3:])
+        if own != wanted:
+            check.fail("maps", f"agree in heads, eps, activation, hidden size, type {wanted}", own)
+    sizes = {len(one.weight) for one in maps if isinstance(one, PackedFlowLinear)}
+    if len(sizes) > 1:
+        check.fail("maps", "have matrices of one size", sorted(sizes))
+    tensors = FlowTensors.of(maps)
+    kinds, flat = tensors.arguments(inverse)
+    source = torch.cat([part.detach() for part in memory], 1) if memory else x.new_empty(0, 0)
     y, logdet = _OPERATOR(
         x.detach(),
         kinds,
-        *([tensor.detach() for tensor in part] for part in tensors),
-        [part.detach() for part in memory],
+        *flat,
+        source,
         list(rows or ()),
         list(pairs or ()),
-        heads,
-        eps,
+        *tensors.options,
         inverse,
     )
     constant = sum(one.logdet for one in maps)
@@ -171,16 +235,18 @@ def _native(
     extension: Any,
     x: Tensor,
     kinds: Sequence[int],
-    linear: Sequence[Tensor],
-    data: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    column_sums: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    norms: Sequence[Tensor],
-    memory: Sequence[Tensor],
+    linear: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    column_sums: Tensor,
+    biases: Tensor,
+    norms: Tensor,
+    memory: Tensor,
     rows: Sequence[Tensor],
     pairs: Sequence[Tensor],
     heads: int,
+    hidden: int,
+    matrix: int,
     eps: float,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -191,7 +257,7 @@ def _native(
         x,
         kinds,
         linear,
-        data,
+        weights,
         scales,
         column_sums,
         biases,
@@ -200,6 +266,8 @@ def _native(
         rows,
         pairs,
         heads,
+        hidden,
+        matrix,
         eps,
         inverse,
         y,
@@ -211,16 +279,18 @@ def _native(
 def _reference(
     x: Tensor,
     kinds: Sequence[int],
-    linear: Sequence[Tensor],
-    data: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    column_sums: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    norms: Sequence[Tensor],
-    memory: Sequence[Tensor],
+    linear: Tensor,
+    weights: Tensor,
+    scales: Tensor,
+    column_sums: Tensor,
+    biases: Tensor,
+    norms: Tensor,
+    memory: Tensor,
     rows: Sequence[Tensor],
     pairs: Sequence[Tensor],
     heads: int,
+    hidden: int,
+    matrix: int,
     eps: float,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -228,75 +298,101 @@ def _reference(
     check.dims("x", x, 2, "[N, C]")
     check.dtype("x", x, (torch.float32,))
     check.cpu("x", x)
+    check.dtype("weights", weights, (torch.float32, torch.bfloat16, torch.int8))
     count, dim = x.shape
+    for name, size in (("hidden", hidden), ("matrix", matrix)):
+        if size < 1:
+            check.fail(name, "be at least 1", size)
     for kind in kinds:
         if not 0 <= kind <= 8:
             check.fail("kinds", "be in [0, 8]", kind)
-    couplings = sum(kind >= 3 for kind in kinds)
+    couplings = any(kind >= 3 for kind in kinds)
     by_steps = any(kind >= 7 for kind in kinds)
     if couplings and dim % 2:
         check.fail("x", "have an even number of channels", dim)
     if by_steps and count % 2:
         check.fail("x", "have an even number of rows", count)
-    numbers = sum(2 if kind == 0 else 3 for kind in kinds if kind < 3)
-    quantised = bool(scales or column_sums)
-    each = "five for each coupling"
-    for name, tensors, wanted, meaning in (
-        ("linear", linear, numbers, "two for each actnorm, three for each flow_linear"),
-        ("weights", data, _MAPS * couplings, each),
-        ("biases", biases, _MAPS * couplings, each),
-        ("scales", scales, _MAPS * couplings * quantised, f"{each}, or none"),
-        ("column_sums", column_sums, _MAPS * couplings * quantised, f"{each}, or none"),
-        ("norms", norms, _NORMS * couplings, "six for each coupling"),
-        ("memory", memory, couplings, "one for each coupling"),
-    ):
-        if len(tensors) != wanted:
-            check.fail(name, f"have {wanted} tensors ({meaning})", len(tensors))
     if couplings and (heads < 1 or dim // 2 % heads):
         check.fail("heads", f"divide half the channels of `x` ({dim // 2})", heads)
+    # What each map takes of each tensor.
+    sizes = [_sizes(kind, dim, hidden, matrix, weights.dtype) for kind in kinds]
+    totals = [sum(own) for own in zip(*sizes, strict=True)] if sizes else [0] * 7
+    flat = (linear, weights, scales, column_sums, biases, norms)
+    names = ("linear", "weights", "scales", "column_sums", "biases", "norms")
+    types = (torch.float32, weights.dtype, torch.float32, torch.int32, *[torch.float32] * 2)
+    for name, tensor, total, dtype in zip(names, flat, totals, types, strict=False):
+        check.shape(name, tensor, [total], "numbers of all maps")
+        check.dtype(name, tensor, (dtype,))
+        check.cpu(name, tensor)
+    check.dims("memory", memory, 2, "[S, M]")
+    wanted = [memory.shape[0], totals[6]]
+    check.shape("memory", memory, wanted, "keys and values of each coupling")
+    check.dtype("memory", memory, (torch.float32,))
+    check.cpu("memory", memory)
     if couplings:
         _check_rows(check, "rows", rows, count, dim // 2)
     if by_steps:
         _check_rows(check, "pairs", pairs, count // 2, dim)
+    cut = [tensor.split([own[i] for own in sizes]) for i, tensor in enumerate(flat)]
+    sources = memory.split([own[6] for own in sizes], 1)
     logdet = x.new_zeros(count)
     lengths = torch.tensor([count])
-    coupling, number = (couplings, numbers) if inverse else (0, 0)
-    for kind in reversed(kinds) if inverse else kinds:
-        if kind >= 3:
-            coupling -= inverse
-            split, up = SPLITS[(kind - 3) // 2], kind % 2 == 1
-            width = dim if split == "steps" else dim // 2
-            source = memory[coupling]
-            check.dims("memory", source, 2, "[S, 2 W]")
-            check.shape("memory", source, [source.shape[0], 2 * width], "keys and values")
-            own = slice(_MAPS * coupling, _MAPS * (coupling + 1))
-            own_norms = norms[_NORMS * coupling : _NORMS * (coupling + 1)]
-            weights, inputs = [], width
-            for index in range(own.start, own.stop):
-                outputs = len(biases[index])
-                scale, total = (scales[index], column_sums[index]) if quantised else (None, None)
-                check_packed(Check("packed_linear"), data[index], scale, total, inputs, outputs)
-                packed = PackedWeight(data[index], scale, total, outputs, inputs)
-                weights.append(packed.unpack())
-                inputs = outputs if index == own.start + 2 else width
+    order = range(len(kinds))
+    for i in reversed(order) if inverse else order:
+        kind, own_linear = kinds[i], cut[0][i]
+        if kind == 0:
+            x = reference.actnorm(x[None], lengths, *own_linear.chunk(2), inverse=inverse)[0][0]
+        elif kind < 3:
+            log_scale, bias, product = own_linear.split([dim, dim, matrix * matrix])
+            norm, layout = (log_scale[None], bias[None]), _LAYOUTS[kind - 1]
+            product = product.view(1, matrix, matrix)
+            x = reference.flow_linear_map(x[None], lengths, *norm, product, layout, inverse)[0]
+        else:
+            split = SPLITS[(kind - 3) // 2]
+            unpacked, own_biases, own_norms = _unpack(kind, dim, hidden, [c[i] for c in cut[1:]])
             x, by_row = reference.packed_coupling(
-                *(x, weights, biases[own], own_norms, data[0].dtype, source),
-                *(pairs if split == "steps" else rows, heads, eps, split, up, inverse),
+                *(x, unpacked, own_biases, own_norms, weights.dtype, sources[i]),
+                *(pairs if split == "steps" else rows, heads, eps, split, kind % 2 == 1, inverse),
             )
             logdet = logdet + by_row
-            coupling += not inverse
-            continue
-        size = 2 if kind == 0 else 3
-        number -= size * inverse
-        part = linear[number : number + size]
-        number += size * (not inverse)
-        if kind == 0:
-            x = reference.actnorm(x[None], lengths, *part, inverse=inverse)[0][0]
-            continue
-        log_scale, bias, matrix = part
-        norm, layout = (log_scale, bias), _LAYOUTS[kind - 1]
-        x = reference.flow_linear_map(x[None], lengths, *norm, matrix, layout, inverse)[0]
     return x.clone() if not kinds else x, logdet
+
+
+def _shapes(kind: int, dim: int, hidden: int) -> list[tuple[int, int]]:
+    """Outputs and inputs of a coupling's linear maps."""
+    w = dim if kind >= 7 else dim // 2
+    return [(3 * w, w), (w, w), (hidden, w), (w, hidden), (2 * w, w)]
+
+
+def _sizes(kind: int, dim: int, hidden: int, matrix: int, dtype: torch.dtype) -> list[int]:
+    """How much a map takes of `linear` to `norms`, and of the columns of `memory`."""
+    if kind < 3:
+        return [2 * dim + (matrix * matrix if kind else 0), 0, 0, 0, 0, 0, 0]
+    shapes, per_word = _shapes(kind, dim, hidden), 4 // dtype.itemsize
+    columns = [-(-outputs // PANEL) * PANEL for outputs, _ in shapes]
+    depths = [-(-inputs // per_word) * per_word for _, inputs in shapes]
+    data = sum(c * d for c, d in zip(columns, depths, strict=True))
+    sums = sum(columns) if dtype == torch.int8 else 0
+    width = shapes[1][0]
+    return [0, data, sums, sums, sum(o for o, _ in shapes), 6 * width, 2 * width]
+
+
+def _unpack(
+    kind: int, dim: int, hidden: int, tensors: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights, biases and normalisations of a coupling."""
+    data, scales, sums, biases, norms = tensors
+    shapes, per_word = _shapes(kind, dim, hidden), 4 // data.dtype.itemsize
+    weights, first, column = [], 0, 0
+    for outputs, inputs in shapes:
+        panels, steps = -(-outputs // PANEL), -(-inputs // per_word)
+        size, columns = panels * steps * PANEL * per_word, slice(column, column + panels * PANEL)
+        words = data[first : first + size].view(panels, steps, PANEL, per_word)
+        own = (scales[columns], sums[columns]) if len(scales) else (None, None)
+        weights.append(PackedWeight(words, own[0], own[1], outputs, inputs).unpack())
+        first, column = first + size, columns.stop
+    parts = biases.split([outputs for outputs, _ in shapes])
+    return weights, list(parts), list(norms.chunk(6))
 
 
 def _check_rows(check: Check, name: str, rows: Sequence[Tensor], count: int, width: int) -> None:
@@ -317,9 +413,10 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 _OPERATOR = Operator(
-    "packed_flow(Tensor x, int[] kinds, Tensor[] linear, Tensor[] data, Tensor[] scales, "
-    "Tensor[] column_sums, Tensor[] biases, Tensor[] norms, Tensor[] memory, Tensor[] rows, "
-    "Tensor[] pairs, int heads, float eps, bool inverse) -> (Tensor, Tensor)",
+    "packed_flow(Tensor x, int[] kinds, Tensor linear, Tensor weights, Tensor scales, "
+    "Tensor column_sums, Tensor biases, Tensor norms, Tensor memory, Tensor[] rows, "
+    "Tensor[] pairs, int heads, int hidden, int matrix, float eps, bool inverse) "
+    "-> (Tensor, Tensor)",
     native=_native,
     reference=_reference,
     fake=_fake,

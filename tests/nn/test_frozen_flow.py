@@ -68,10 +68,12 @@ def test_maps_as_the_flow_does(changes: dict[str, object], inverse: bool) -> Non
         assert not found[~live].any()
 
 
+@pytest.mark.parametrize("transform", ["affine", "additive"])
 def test_many_rows_of_the_source_are_projected_for_each_coupling(
+    transform: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    wide = Flow(128, SOURCE, hidden=24, heads=2, steps=(1, 1), transform="additive").eval()
+    wide = Flow(128, SOURCE, hidden=24, heads=2, steps=(1, 1), transform=transform).eval()
     for dtype in (torch.float32, torch.int8):
         _compare(FrozenFlow(wide, dtype), monkeypatch)
 
@@ -80,7 +82,7 @@ def _compare(flow: FrozenFlow, monkeypatch: pytest.MonkeyPatch) -> None:
     z, source = torch.randn(4, 12, 128), make_inputs()[1]
     monkeypatch.setattr(frozen_flow, "ROWS_AT_ONCE", 256)
     want, logdet = run(flow, z, source, True)
-    assert flow.each
+    assert flow.by_panels
     monkeypatch.setattr(frozen_flow, "ROWS_AT_ONCE", 10)
     found, own = run(flow, z, source, True)
     assert torch.equal(found, want) and torch.equal(own, logdet)

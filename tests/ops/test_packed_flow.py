@@ -22,7 +22,7 @@ from pynar.ops import (
     packed_layers,
     packed_linear,
 )
-from pynar.ops.packed_flow import _OPERATOR, FlowMap, RowsOf, flow_tensors
+from pynar.ops.packed_flow import _OPERATOR, FlowMap, FlowTensors, RowsOf
 
 FORMATS = [torch.float32, torch.bfloat16, torch.int8]
 DIM, HIDDEN, HEADS, EPS = 16, 24, 2, 1e-3
@@ -288,8 +288,10 @@ def raw_arguments(
     pairs: RowsOf,
     inverse: bool = False,
 ) -> tuple[Any, ...]:
-    kinds, tensors = flow_tensors(maps, inverse)
-    return (x, kinds, *tensors, memory, list(rows), list(pairs), HEADS, EPS, inverse)
+    tensors = FlowTensors.of(maps)
+    kinds, flat = tensors.arguments(inverse)
+    source = torch.cat(memory, 1)
+    return (x, kinds, *flat, source, list(rows), list(pairs), *tensors.options, inverse)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
@@ -324,14 +326,16 @@ REJECTED: list[tuple[int, Any, str]] = [
     (0, torch.ones(COUNT, DIM + 1), "`x` must have an even number of channels, got 17"),
     (0, torch.ones(COUNT - 1, DIM), "`x` must have an even number of rows, got 11"),
     (1, [9], "`kinds` must be in [0, 8], got 9"),
-    (2, [], "`linear` must have 20 tensors (two for each actnorm, three for each flow_linear), "),
-    (3, [], "`weights` must have 30 tensors (five for each coupling), got 0"),
-    (4, [torch.ones(1)], "`scales` must have 30 tensors (five for each coupling, or none), got 1"),
-    (5, [], "`column_sums` must have 30 tensors (five for each coupling, or none), got 0"),
-    (6, [], "`biases` must have 30 tensors (five for each coupling), got 0"),
-    (7, [], "`norms` must have 36 tensors (six for each coupling), got 0"),
-    (8, [], "`memory` must have 6 tensors (one for each coupling), got 0"),
-    (8, [torch.ones(9, 15)] * 6, "`memory` must have shape [9, 16] (keys and values), got [9, 15]"),
+    (2, torch.ones(1), "`linear` must have shape [320] (numbers of all maps), got [1]"),
+    (3, torch.ones(1), "`weights` must have shape [25600] (numbers of all maps), got [1]"),
+    (3, torch.ones(1).double(), "`weights` must have dtype float32 or bfloat16 or int8, got flo"),
+    (4, torch.ones(1), "`scales` must have shape [1920] (numbers of all maps), got [1]"),
+    (5, torch.ones(1), "`column_sums` must have shape [1920] (numbers of all maps), got [1]"),
+    (6, torch.ones(1), "`biases` must have shape [592] (numbers of all maps), got [1]"),
+    (7, torch.ones(1), "`norms` must have shape [384] (numbers of all maps), got [1]"),
+    (7, torch.ones(384).int(), "`norms` must have dtype float32, got int32"),
+    (8, torch.ones(9), "`memory` must have 2 dimensions [S, M], got shape [9]"),
+    (8, torch.ones(9, 15), "`memory` must have shape [9, 128] (keys and values of each coupling)"),
     (9, [], "`rows` must have 3 tensors (positions, and what a row attends to), got 0"),
     (9, [torch.ones(3, 8)] * 3, "`rows` must have shape [12, 8] (rows, channels of half the stat"),
     (10, [], "`pairs` must have 3 tensors (positions, and what a row attends to), got 0"),
@@ -341,6 +345,8 @@ REJECTED: list[tuple[int, Any, str]] = [
         "`pairs` must have dtype int32, got float32",
     ),
     (11, 3, "`heads` must divide half the channels of `x` (8), got 3"),
+    (12, 0, "`hidden` must be at least 1, got 0"),
+    (13, 0, "`matrix` must be at least 1, got 0"),
 ]
 
 
@@ -368,7 +374,7 @@ def test_wrong_maps_are_rejected() -> None:
         ([replace(coupling, split="rows")], "`split` must be one of features, alternate, steps, "),
         ([replace(make_linear("strided"), layout="x")], "`layout` must be one of contiguous, str"),
         (["actnorm"], "`maps` must be packed maps of a flow, got str"),
-        ([coupling, other], "`maps` must agree in heads, eps, activation (2, 0.001, relu), got 4"),
+        ([coupling, other], "`maps` must agree in heads, eps, activation, hidden size, type "),
     ):
         with pytest.raises(ValueError) as error:
             packed_flow(x, maps, *others)  # type: ignore[arg-type]
