@@ -85,6 +85,58 @@ void parallel_phases(int64_t tasks, const Phases&... phases) {
   (phases(Part{0, 1}), ...);
 }
 
+// Threads that go through work of several steps side by side, each with its share.
+class Team {
+ public:
+  Team(const Part& part, std::exception_ptr& error) : part_(part), error_(error) {}
+
+  // Calls body(first, last) with this thread's share of [0, n). What it throws is kept, since the
+  // others would wait for a thread that leaves.
+  template <typename Body>
+  void each(int64_t n, const Body& body) const {
+    const auto [first, last] = part_.of(n);
+    if (first >= last) return;
+    try {
+      body(first, last);
+    } catch (...) {
+#ifdef _OPENMP
+#pragma omp critical(pynar_team)
+#endif
+      error_ = std::current_exception();
+    }
+  }
+  // Until all threads have come here.
+  void wait() const {
+#ifdef _OPENMP
+    if (part_.count > 1) {
+#pragma omp barrier
+    }
+#endif
+  }
+
+ private:
+  Part part_;
+  std::exception_ptr& error_;
+};
+
+// Calls work(team) on every thread, or on this one alone if not `shared`; then what it calls may
+// have threads of its own.
+template <typename Work>
+void in_team(bool shared, const Work& work) {
+  std::exception_ptr error;
+#ifdef _OPENMP
+  if (shared && max_threads() > 1 && !omp_in_parallel()) {
+#pragma omp parallel
+    work(Team(Part{omp_get_thread_num(), omp_get_num_threads()}, error));
+  } else {
+    work(Team(Part{0, 1}, error));
+  }
+#else
+  work(Team(Part{0, 1}, error));
+#endif
+  if (error) std::rethrow_exception(error);
+}
+
 // Memory that a thread keeps from call to call, at multiples of 64 bytes and with whatever was in
 // it.
 class Scratch {

@@ -3,7 +3,8 @@
 // packed_layers with bare attention and a linear map to shift and scale. `kinds` tells them apart:
 //
 //   0     actnorm        log scale and bias [C] of `linear`
-//   1, 2  flow_linear    log scale and bias [C] and matrix [d, d] of `linear`; contiguous or strided
+//   1, 2  flow_linear    log scale and bias [C] and matrix [d, d] of `linear`; contiguous or
+//   strided
 //                        heads
 //   3...  couplings      3 + 2 split + (1 if the second half decides), split by the first and last
 //                        channels, by even and odd ones, or by even and odd rows
@@ -25,8 +26,7 @@
 #include <vector>
 
 #include "common/operators.h"
-#include "common/parallel.h"
-#include "linear/host.h"
+#include "linear/layer.h"
 #include "linear/packed_linear.h"
 
 // It copies rows; see csrc/attention/interval_tiles.cpp.
@@ -36,8 +36,6 @@ namespace pynar {
 namespace {
 
 constexpr const char* kName = "packed_flow";
-// A second thread is not worth it for fewer numbers.
-constexpr int64_t kGrain = 1 << 15;
 
 enum Kind : int64_t { kActNorm, kContiguous, kStrided, kCoupling };
 enum class Split : int64_t { kFeatures, kAlternate, kSteps };
@@ -54,49 +52,44 @@ Split split_of(int64_t kind) {
   return static_cast<Split>((kind - kCoupling) / 2);
 }
 
-// One half of rows [N, C]: `count` rows of `width` channels, both of them so far apart.
+// One half of rows [N, C]: rows of `width` channels, both of them so far apart.
 struct HalfRows {
   float* data;
-  int64_t count, width;
+  int64_t width;
   int64_t row, channel;
 
-  static HalfRows of(float* x, int64_t rows, int64_t dim, Split split, bool second) {
-    if (split == Split::kSteps) return {x + second * dim, rows / 2, dim, 2 * dim, 1};
-    if (split == Split::kAlternate) return {x + second, rows, dim / 2, dim, 2};
-    return {x + second * (dim / 2), rows, dim / 2, dim, 1};
+  static HalfRows of(float* x, int64_t dim, Split split, bool second) {
+    if (split == Split::kSteps) return {x + second * dim, dim, 2 * dim, 1};
+    if (split == Split::kAlternate) return {x + second, dim / 2, dim, 2};
+    return {x + second * (dim / 2), dim / 2, dim, 1};
   }
 };
 
-template <typename Body>
-void each_row(const HalfRows& half, const Body& body) {
-  parallel_for(half.count, kGrain / half.width + 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) body(i, half.data + i * half.row);
-  });
-}
-
-// out [count, width] = half
-void take(const HalfRows& half, float* out) {
-  each_row(half, [&](int64_t i, const float* x) {
-    float* y = out + i * half.width;
-    for (int64_t c = 0; c < half.width; ++c) y[c] = x[c * half.channel];
-  });
-}
-
-// out [count, width] = half + positions
-void take_at(const HalfRows& half, const Tensor& positions, float* out) {
-  each_row(half, [&](int64_t i, const float* x) {
+// out [n, width] = half + positions, of rows [first, last)
+void take_at(const HalfRows& half, const Tensor& positions, int64_t first, int64_t last,
+             float* out) {
+  for (int64_t i = first; i < last; ++i) {
+    const float* x = half.data + i * half.row;
     const float* p = positions.data<float>() + i * positions.stride(0);
     float* y = out + i * half.width;
     for (int64_t c = 0; c < half.width; ++c) y[c] = x[c * half.channel] + p[c];
-  });
+  }
 }
 
-// half = in [count, width]
-void put(const float* in, const HalfRows& half) {
-  each_row(half, [&](int64_t i, float* x) {
+void take(const HalfRows& half, int64_t first, int64_t last, float* out) {
+  for (int64_t i = first; i < last; ++i) {
+    const float* x = half.data + i * half.row;
+    float* y = out + i * half.width;
+    for (int64_t c = 0; c < half.width; ++c) y[c] = x[c * half.channel];
+  }
+}
+
+void put(const float* in, int64_t first, int64_t last, const HalfRows& half) {
+  for (int64_t i = first; i < last; ++i) {
     const float* y = in + i * half.width;
+    float* x = half.data + i * half.row;
     for (int64_t c = 0; c < half.width; ++c) x[c * half.channel] = y[c];
-  });
+  }
 }
 
 void check_rows_of(const Check& check, const char* name, const std::vector<Tensor>& rows,
@@ -193,6 +186,12 @@ struct Network {
     }
   }
 
+  LayerTensors layer() const {
+    const bool few_bits = !scales.empty();
+    return {weights.data(), few_bits ? scales.data() : nullptr,
+            few_bits ? column_sums.data() : nullptr, biases.data(), norms.data()};
+  }
+
   // The map behind the layer.
   void put_out(const Tensor& x, const Tensor& y) const {
     std::optional<Tensor> scale, sums;
@@ -213,6 +212,10 @@ struct Network {
   std::vector<Tensor> last_;
   std::deque<View> views_;  // which tensors point into
 };
+
+LayerShape shape_of(int64_t rows, int64_t width, int64_t hidden, int64_t heads, double eps) {
+  return {rows, width, hidden, heads, rows, static_cast<int64_t>(Activation::kRelu), 3, true, eps};
+}
 
 }  // namespace
 
@@ -296,31 +299,38 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
   std::fill(total, total + count, 0.f);
   if (count == 0) return;
 
-  // What a coupling holds in between: the network's input and states, the half that changes before
-  // and after, shift and scale, and a log-determinant a row, twice.
+  // What couplings hold in between: the network's input and states, the half that changes before
+  // and after, shift and scale, a log-determinant a row, twice, and what a layer needs. What rows
+  // project for others has two places that take turns, see packed_layers.cpp.
   const int64_t half = count * dim / 2;
-  const auto scratch = std::make_unique_for_overwrite<float[]>(6 * half + 2 * count);
+  const LayerShape whole_shape = shape_of(count, dim / 2, hidden, heads, eps);
+  const LayerShape pairs_shape = shape_of(count / 2, dim, hidden, heads, eps);
+  const int64_t projected_size = whole_shape.projected();
+  const int64_t layer_size =
+      std::max(whole_shape.scratch(count), by_steps ? pairs_shape.scratch(count / 2) : 0);
+  const auto scratch = std::make_unique_for_overwrite<float[]>(6 * half + 2 * count +
+                                                               2 * projected_size + layer_size);
   float* const given = scratch.get();
   float* const made = given + half;
   float* const before = made + half;
   float* const after = before + half;
   float* const parameters = after + half;
   float* const row_logdet = parameters + 2 * half;
-  // Each row is a sequence of one step, with a log-determinant of its own.
+  float* const projected = row_logdet + 2 * count;
+  float* const layer_scratch = projected + 2 * projected_size;
+  // Each row is a sequence of one step, which has a log-determinant of its own.
   const auto ones = std::make_unique_for_overwrite<int64_t[]>(count);
   std::fill(ones.get(), ones.get() + count, 1);
-  const View all(states, kFloat32, {1, count, dim}, {count * dim, dim, 1});
-  int64_t whole = count;
-  const View whole_length(&whole, kInt64, {1}, {1});
 
-  const auto couple = [&](int64_t kind, const Place& place) {
+  const auto couple = [&](const Team& team, int64_t kind, const Place& place, int64_t turn) {
     const Split split = split_of(kind);
     const bool second_decides = (kind - kCoupling) % 2 == 1;
-    const HalfRows deciding = HalfRows::of(states, count, dim, split, second_decides);
-    const HalfRows changing = HalfRows::of(states, count, dim, split, !second_decides);
-    const int64_t n = deciding.count;
-    const int64_t width = deciding.width;
-    const std::vector<Tensor>& own = split == Split::kSteps ? pairs : rows;
+    const HalfRows deciding = HalfRows::of(states, dim, split, second_decides);
+    const HalfRows changing = HalfRows::of(states, dim, split, !second_decides);
+    const bool paired = split == Split::kSteps;
+    const LayerShape& shape = paired ? pairs_shape : whole_shape;
+    const int64_t width = shape.dim;
+    const std::vector<Tensor>& own = paired ? pairs : rows;
     const Network network(width, hidden, place, weights, scales, column_sums, biases, norms);
     const auto of_heads = [&](int64_t begin) {
       return View(memory.data<float>() + place.memory + begin, kFloat32,
@@ -328,54 +338,78 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
     };
     const View keys = of_heads(0);
     const View values = of_heads(width);
-    take_at(deciding, own[0], given);
-    packed_layers(View(given, n, width), network.weights, network.scales, network.column_sums,
-                  network.biases, network.norms, own[1], {keys}, {values}, own[2], std::nullopt, n,
-                  1, heads, static_cast<int64_t>(Activation::kRelu), eps, View(made, n, width));
-    network.put_out(View(made, n, width), View(parameters, n, 2 * width));
-    take(changing, before);
-    const auto steps = [&](float* data, int64_t stride) {
-      return View(data, kFloat32, {n, 1, width}, {stride, stride, 1});
+    const View input(given, shape.rows, width);
+    const View output(made, shape.rows, width);
+    const std::optional<LayerMemory> read(LayerMemory{keys, values, own[2]});
+    const Layer layer(shape, network.layer(), input, own[1], read, nullptr,
+                      projected + turn % 2 * projected_size, layer_scratch, output);
+    // A thread keeps to its rows, or pairs of rows, from map to map.
+    const auto each = [&](const auto& body) {
+      if (paired || !by_steps) return team.each(shape.rows, body);
+      team.each(shape.rows / 2, [&](int64_t first, int64_t last) { body(2 * first, 2 * last); });
     };
-    affine_coupling(steps(before, width), View(ones.get(), kInt64, {n}, {1}),
-                    steps(parameters, 2 * width), steps(parameters + width, 2 * width), inverse,
-                    steps(after, width), View(row_logdet, kFloat32, {n}, {1}),
-                    View(row_logdet + count, kFloat32, {n, 1}, {1, 1}));
-    put(after, changing);
-    // Of a pair of rows it counts for the first.
-    const int64_t apart = count / n;
-    for (int64_t i = 0; i < n; ++i) total[i * apart] += row_logdet[i];
+    each([&](int64_t first, int64_t last) {
+      take_at(deciding, own[0], first, last, given);
+      layer.project(first, last);
+    });
+    team.wait();
+    each([&](int64_t first, int64_t last) {
+      layer.finish(first, last);
+      const int64_t n = last - first;
+      network.put_out(View(made + first * width, n, width),
+                      View(parameters + first * 2 * width, n, 2 * width));
+      take(changing, first, last, before);
+      const auto steps = [&](float* data, int64_t stride) {
+        return View(data + first * stride, kFloat32, {n, 1, width}, {stride, stride, 1});
+      };
+      affine_coupling(steps(before, width), View(ones.get(), kInt64, {n}, {1}),
+                      steps(parameters, 2 * width), steps(parameters + width, 2 * width), inverse,
+                      steps(after, width), View(row_logdet + first, kFloat32, {n}, {1}),
+                      View(row_logdet + count + first, kFloat32, {n, 1}, {1, 1}));
+      put(after, first, last, changing);
+      // Of a pair of rows it counts for the first.
+      for (int64_t i = first; i < last; ++i) total[paired ? 2 * i : i] += row_logdet[i];
+    });
   };
-  const auto map_linearly = [&](int64_t kind, float* numbers) {
+  const auto map_linearly = [&](int64_t kind, float* numbers, int64_t first, int64_t last) {
     float* const bias = numbers + dim;
+    int64_t length = last - first;
+    const View length_view(&length, kInt64, {1}, {1});
+    const View own(states + first * dim, kFloat32, {1, length, dim}, {length * dim, dim, 1});
     if (kind == kActNorm) {
       const View log_scale(numbers, kFloat32, {dim}, {1});
-      actnorm(all, whole_length, log_scale, View(bias, kFloat32, {dim}, {1}), inverse, all);
+      actnorm(own, length_view, log_scale, View(bias, kFloat32, {dim}, {1}), inverse, own);
       return;
     }
     const View log_scale(numbers, 1, dim);
+    const View bias_view(bias, 1, dim);
     const View product(bias + dim, kFloat32, {1, matrix, matrix}, {matrix * matrix, matrix, 1});
-    flow_linear("flow_linear", all, whole_length, static_cast<const Tensor&>(log_scale),
-                static_cast<const Tensor&>(View(bias, 1, dim)), product, kind - kContiguous,
-                inverse, all);
+    flow_linear("flow_linear", own, length_view, static_cast<const Tensor&>(log_scale),
+                static_cast<const Tensor&>(bias_view), product, kind - kContiguous, inverse, own);
   };
 
-  Place place = inverse ? all_places : Place{};
-  int64_t first = inverse ? numbers : 0;
-  for (size_t i = 0; i < kinds.size(); ++i) {
-    const int64_t kind = kinds[inverse ? kinds.size() - 1 - i : i];
-    if (is_coupling(kind)) {
-      const Place size = Place::of(width_of(kind), hidden, format);
-      if (inverse) place.move(size, -1);
-      couple(kind, place);
-      if (!inverse) place.move(size, 1);
-    } else {
+  in_team(count >= kRowsToShare * max_threads(), [&](const Team& team) {
+    Place place = inverse ? all_places : Place{};
+    int64_t number = inverse ? numbers : 0;
+    int64_t turn = 0;
+    for (size_t i = 0; i < kinds.size(); ++i) {
+      const int64_t kind = kinds[inverse ? kinds.size() - 1 - i : i];
+      if (is_coupling(kind)) {
+        const Place size = Place::of(width_of(kind), hidden, format);
+        if (inverse) place.move(size, -1);
+        couple(team, kind, place, turn++);
+        if (!inverse) place.move(size, 1);
+        continue;
+      }
       const int64_t size = numbers_of(kind);
-      if (inverse) first -= size;
-      map_linearly(kind, linear.data<float>() + first);
-      if (!inverse) first += size;
+      if (inverse) number -= size;
+      const int64_t unit = by_steps ? 2 : 1;
+      team.each(count / unit, [&](int64_t first, int64_t last) {
+        map_linearly(kind, linear.data<float>() + number, unit * first, unit * last);
+      });
+      if (!inverse) number += size;
     }
-  }
+  });
 }
 
 }  // namespace pynar

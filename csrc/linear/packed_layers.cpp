@@ -11,16 +11,12 @@
 //
 // y [M, C] are the `chosen` rows [M], or all N of them; layers before the last one compute all.
 #include <algorithm>
-#include <exception>
-#include <initializer_list>
 #include <memory>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "common/operators.h"
-#include "common/parallel.h"
-#include "linear/host.h"
+#include "linear/layer.h"
 #include "linear/packed_linear.h"
 
 // It copies and adds rows; see csrc/attention/interval_tiles.cpp.
@@ -32,9 +28,6 @@ namespace {
 constexpr const char* kName = "packed_layers";
 // A second thread is not worth it for fewer numbers.
 constexpr int64_t kGrain = 1 << 15;
-// With so many rows a thread, each goes through the whole layer with its own. With fewer they share
-// the columns of every product, since then reading the weights takes most of the time.
-constexpr int64_t kRowsToShare = 4;
 
 // Rows `index` of `from`, which has so many numbers a row.
 void gather(const float* from, int64_t stride, int64_t size, const Tensor& index, float* out) {
@@ -43,84 +36,6 @@ void gather(const float* from, int64_t stride, int64_t size, const Tensor& index
     out = std::copy(row, row + size, out);
   }
 }
-
-// What all layers share.
-struct Shape {
-  int64_t rows;
-  int64_t dim;
-  int64_t hidden;
-  int64_t heads;
-  int64_t content;
-  int64_t activation;
-  size_t parts;  // sub-layers
-  bool bare;     // attention has no map behind it
-
-  size_t maps() const { return bare ? parts + 1 : 2 * parts; }
-};
-
-// What cross-attention reads.
-struct Memory {
-  const Tensor& keys;
-  const Tensor& values;
-  const Tensor& intervals;
-};
-
-struct Layer {
-  const Tensor* weights;
-  const Tensor* scales;  // null but for int8
-  const Tensor* column_sums;
-  const Tensor* biases;
-  const Tensor* norms;  // null where sub-layers begin with one
-  double eps;
-
-  bool norm_first() const { return norms == nullptr; }
-  // The map that begins a sub-layer.
-  void enter(size_t map, const Tensor& x, const Tensor& y, int64_t activation = 0) const {
-    run(map, x, std::nullopt, std::nullopt, std::nullopt, activation, norm_first() ? eps : -1, y);
-  }
-  // The one that ends it.
-  void leave(size_t part, size_t map, const Tensor& x, const Tensor& residual,
-             const Tensor& y) const {
-    std::optional<Tensor> norm_weight, norm_bias;
-    if (!norm_first()) {
-      norm_weight = norms[2 * part];
-      norm_bias = norms[2 * part + 1];
-    }
-    run(map, x, residual, norm_weight, norm_bias, 0, -1, y);
-  }
-  // The end of a sub-layer without such a map; all but the residual lies without gaps.
-  void leave(size_t part, const Tensor& x, const Tensor& residual, const Tensor& y) const {
-    const int64_t columns = x.size(1);
-    OutputNorm norm{};
-    if (!norm_first()) {
-      norm = {norms[2 * part].data<float>(), norms[2 * part + 1].data<float>(),
-              static_cast<float>(eps)};
-    }
-    const auto normalise = PYNAR_SELECT_DOT_KERNEL(normalise_rows);
-    float* const out = y.data<float>();
-    parallel_for(x.size(0), kGrain / columns + 1, [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row) {
-        const float* a = x.data<float>() + row * columns;
-        const float* b = residual.data<float>() + row * residual.stride(0);
-        for (int64_t i = 0; i < columns; ++i) out[row * columns + i] = a[i] + b[i];
-      }
-      if (norm.weight != nullptr) normalise(norm, out, columns, first, last);
-    });
-  }
-
- private:
-  void run(size_t map, const Tensor& x, const std::optional<Tensor>& residual,
-           const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
-           int64_t activation, double input_eps, const Tensor& y) const {
-    std::optional<Tensor> scale, sums;
-    if (scales != nullptr) {
-      scale = scales[map];
-      sums = column_sums[map];
-    }
-    packed_linear(x, weights[map], scale, sums, biases[map], residual, norm_weight, norm_bias,
-                  activation, input_eps, eps, y);
-  }
-};
 
 const Tensor* advance(const std::vector<Tensor>& tensors, size_t i) {
   return tensors.empty() ? nullptr : tensors.data() + i;
@@ -139,126 +54,136 @@ void check_intervals(const Check& check, const char* name, const Tensor& interva
   check.dtype(name, intervals, {kInt32});
 }
 
-// The scratch memory of a layer, in floats, for so many rows and so many wanted ones.
-int64_t scratch_size(const Shape& shape, int64_t wanted) {
-  return 3 * shape.rows * shape.dim + wanted * (4 * shape.dim + shape.hidden + shape.heads);
-}
-
-void run(const Layer& layer, const Shape& shape, const Tensor& x, const Tensor& intervals,
-         const std::optional<Memory>& memory, const Tensor* chosen, float* scratch,
-         const Tensor& y) {
-  const int64_t rows = shape.rows;
-  const int64_t dim = shape.dim;
-  const int64_t hidden = shape.hidden;
-  const int64_t heads = shape.heads;
-  const int64_t content = shape.content;
-  const int64_t wanted = y.size(0);
-  const size_t maps = shape.maps();
-  const int64_t size = wanted * dim;
-  float* const qkv = scratch;
-  float* const buffer[] = {qkv + 3 * rows * dim, qkv + 3 * rows * dim + size,
-                           qkv + 3 * rows * dim + 2 * size, qkv + 3 * rows * dim + 3 * size};
-  float* const inner_rows = buffer[3] + size;
-  float* const lse_rows = inner_rows + wanted * hidden;
-  const auto of_heads = [&](float* data, int64_t count, int64_t stride) {
-    return View(data, kFloat32, {count, heads, dim / heads}, {stride, dim / heads, 1});
-  };
-  const View k = of_heads(qkv + dim, content, 3 * dim);
-  const View v = of_heads(qkv + 2 * dim, content, 3 * dim);
-
-  // Queries, keys and values of rows [first, last).
-  const auto project = [&](int64_t first, int64_t last) {
-    const View from(x.data<float>() + first * x.stride(0), kFloat32, {last - first, dim},
-                    {x.stride(0), 1});
-    layer.enter(0, from, View(qkv + first * 3 * dim, last - first, 3 * dim));
-  };
-  // Everything else for the wanted rows [first, last), each of which needs nothing of the others.
-  const auto finish = [&](int64_t first, int64_t last) {
-    const int64_t count = last - first;
-    const auto part_of = [&](float* base) { return base + first * dim; };
-    const View states(part_of(buffer[0]), count, dim);
-    const View attended(part_of(buffer[1]), count, dim);
-    const View query(part_of(buffer[2]), count, dim);
-    const View crossed(part_of(buffer[3]), count, dim);
-    std::vector<int32_t> chosen_intervals;
-    const auto attend = [&](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sees) {
-      // The scale is in the queries' weight.
-      const View y = of_heads(part_of(buffer[1]), count, dim);
-      const View lse(lse_rows + first * heads, count, heads);
-      const int64_t number = sees.size(1);
-      if (chosen == nullptr) {
-        const View own(sees.data<int32_t>() + first * sees.stride(0), kInt32, {count, number, 2},
-                       {sees.stride(0), sees.stride(1), sees.stride(2)});
-        interval_attention(q, k, v, own, 1.0, y, lse);
-        return;
-      }
-      chosen_intervals.clear();
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t row = chosen->data<int64_t>()[i * chosen->stride(0)];
-        const int32_t* interval = sees.data<int32_t>() + row * sees.stride(0);
-        for (int64_t r = 0; r < number; ++r, interval += sees.stride(1)) {
-          chosen_intervals.push_back(interval[0]);
-          chosen_intervals.push_back(interval[sees.stride(2)]);
-        }
-      }
-      const View own(chosen_intervals.data(), kInt32, {count, number, 2}, {2 * number, 2, 1});
-      interval_attention(q, k, v, own, 1.0, y, lse);
-    };
-    const auto leave = [&](size_t part, size_t map, const Tensor& residual, const Tensor& out) {
-      if (shape.bare) return layer.leave(part, attended, residual, out);
-      layer.leave(part, map, attended, residual, out);
-    };
-
-    if (chosen != nullptr) {
-      const View index(chosen->data<int64_t>() + first * chosen->stride(0), kInt64, {count},
-                       {chosen->stride(0)});
-      gather(qkv, 3 * dim, dim, index, part_of(buffer[2]));
-      gather(x.data<float>(), x.stride(0), dim, index, part_of(buffer[3]));
-      attend(of_heads(part_of(buffer[2]), count, dim), k, v, intervals);
-      leave(0, 1, crossed, states);  // what lies there is still x
-    } else {
-      attend(of_heads(qkv + first * 3 * dim, count, 3 * dim), k, v, intervals);
-      leave(0, 1,
-            View(x.data<float>() + first * x.stride(0), kFloat32, {count, dim}, {x.stride(0), 1}),
-            states);
-    }
-    const Tensor* last_states = &static_cast<const Tensor&>(states);
-    if (memory) {
-      layer.enter(shape.bare ? 1 : 2, states, query);
-      attend(of_heads(part_of(buffer[2]), count, dim), memory->keys, memory->values,
-             memory->intervals);
-      leave(1, 3, states, crossed);
-      last_states = &static_cast<const Tensor&>(crossed);
-    }
-    const View inner(inner_rows + first * hidden, count, hidden);
-    layer.enter(maps - 2, *last_states, inner, shape.activation);
-    layer.leave(shape.parts - 1, maps - 1, inner, *last_states,
-                View(y.data<float>() + first * dim, count, dim));
-  };
-
-  if (wanted < kRowsToShare * max_threads()) {
-    project(0, rows);
-    finish(0, wanted);
-    return;
-  }
-  // Threads share the rows, and wait for each other but once.
-  std::exception_ptr error;
-  const auto guarded = [&](int64_t count, const auto& body) {
-    return [&, count](const Part& part) {
-      try {
-        const auto [first, last] = part.of(count);
-        if (first < last) body(first, last);
-      } catch (...) {
-#pragma omp critical(pynar_packed_layers)
-        error = std::current_exception();
-      }
-    };
-  };
-  parallel_phases(max_threads(), guarded(rows, project), guarded(wanted, finish));
-  if (error) std::rethrow_exception(error);
-}
-
 }  // namespace
+
+// The map that begins a sub-layer.
+void Layer::enter(size_t map, const Tensor& x, const Tensor& y, int64_t activation) const {
+  run(map, x, std::nullopt, std::nullopt, std::nullopt, activation, norm_first() ? shape_.eps : -1,
+      y);
+}
+
+// The one that ends it.
+void Layer::leave(size_t part, size_t map, const Tensor& x, const Tensor& residual,
+                  const Tensor& y) const {
+  std::optional<Tensor> norm_weight, norm_bias;
+  if (!norm_first()) {
+    norm_weight = tensors_.norms[2 * part];
+    norm_bias = tensors_.norms[2 * part + 1];
+  }
+  run(map, x, residual, norm_weight, norm_bias, 0, -1, y);
+}
+
+// The end of a sub-layer without such a map; all but the residual lies without gaps.
+void Layer::leave(size_t part, const Tensor& x, const Tensor& residual, const Tensor& y) const {
+  const int64_t columns = x.size(1);
+  OutputNorm norm{};
+  if (!norm_first()) {
+    norm = {tensors_.norms[2 * part].data<float>(), tensors_.norms[2 * part + 1].data<float>(),
+            static_cast<float>(shape_.eps)};
+  }
+  const auto normalise = PYNAR_SELECT_DOT_KERNEL(normalise_rows);
+  float* const out = y.data<float>();
+  parallel_for(x.size(0), kGrain / columns + 1, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      const float* a = x.data<float>() + row * columns;
+      const float* b = residual.data<float>() + row * residual.stride(0);
+      for (int64_t i = 0; i < columns; ++i) out[row * columns + i] = a[i] + b[i];
+    }
+    if (norm.weight != nullptr) normalise(norm, out, columns, first, last);
+  });
+}
+
+void Layer::run(size_t map, const Tensor& x, const std::optional<Tensor>& residual,
+                const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+                int64_t activation, double input_eps, const Tensor& y) const {
+  std::optional<Tensor> scale, sums;
+  if (tensors_.scales != nullptr) {
+    scale = tensors_.scales[map];
+    sums = tensors_.column_sums[map];
+  }
+  packed_linear(x, tensors_.weights[map], scale, sums, tensors_.biases[map], residual, norm_weight,
+                norm_bias, activation, input_eps, shape_.eps, y);
+}
+
+void Layer::project(int64_t first, int64_t last) const {
+  const int64_t dim = shape_.dim;
+  const View from(x_.data<float>() + first * x_.stride(0), kFloat32, {last - first, dim},
+                  {x_.stride(0), 1});
+  enter(0, from, View(projected_ + first * 3 * dim, last - first, 3 * dim));
+}
+
+void Layer::finish(int64_t first, int64_t last) const {
+  const int64_t dim = shape_.dim;
+  const int64_t heads = shape_.heads;
+  const int64_t count = last - first;
+  const size_t maps = shape_.maps();
+  const int64_t wanted = y_.size(0);
+  const auto place = [&](int64_t number) { return scratch_ + (number * wanted + first) * dim; };
+  float* const inner_rows = scratch_ + 4 * wanted * dim;
+  float* const lse_rows = inner_rows + wanted * shape_.hidden;
+  const auto of_heads = [&](float* data, int64_t number, int64_t stride) {
+    return View(data, kFloat32, {number, heads, dim / heads}, {stride, dim / heads, 1});
+  };
+  const View k = of_heads(projected_ + dim, shape_.content, 3 * dim);
+  const View v = of_heads(projected_ + 2 * dim, shape_.content, 3 * dim);
+  const View states(place(0), count, dim);
+  const View attended(place(1), count, dim);
+  const View query(place(2), count, dim);
+  const View crossed(place(3), count, dim);
+  std::vector<int32_t> chosen_intervals;
+  const auto attend = [&](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sees) {
+    // The scale is in the queries' weight.
+    const View y = of_heads(place(1), count, dim);
+    const View lse(lse_rows + first * heads, count, heads);
+    const int64_t number = sees.size(1);
+    if (chosen_ == nullptr) {
+      const View own(sees.data<int32_t>() + first * sees.stride(0), kInt32, {count, number, 2},
+                     {sees.stride(0), sees.stride(1), sees.stride(2)});
+      interval_attention(q, k, v, own, 1.0, y, lse);
+      return;
+    }
+    chosen_intervals.clear();
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t row = chosen_->data<int64_t>()[i * chosen_->stride(0)];
+      const int32_t* interval = sees.data<int32_t>() + row * sees.stride(0);
+      for (int64_t r = 0; r < number; ++r, interval += sees.stride(1)) {
+        chosen_intervals.push_back(interval[0]);
+        chosen_intervals.push_back(interval[sees.stride(2)]);
+      }
+    }
+    const View own(chosen_intervals.data(), kInt32, {count, number, 2}, {2 * number, 2, 1});
+    interval_attention(q, k, v, own, 1.0, y, lse);
+  };
+  const auto end = [&](size_t part, size_t map, const Tensor& residual, const Tensor& out) {
+    if (shape_.bare) return leave(part, attended, residual, out);
+    leave(part, map, attended, residual, out);
+  };
+
+  if (chosen_ != nullptr) {
+    const View index(chosen_->data<int64_t>() + first * chosen_->stride(0), kInt64, {count},
+                     {chosen_->stride(0)});
+    gather(projected_, 3 * dim, dim, index, place(2));
+    gather(x_.data<float>(), x_.stride(0), dim, index, place(3));
+    attend(of_heads(place(2), count, dim), k, v, intervals_);
+    end(0, 1, crossed, states);  // what lies there is still x
+  } else {
+    attend(of_heads(projected_ + first * 3 * dim, count, 3 * dim), k, v, intervals_);
+    end(0, 1,
+        View(x_.data<float>() + first * x_.stride(0), kFloat32, {count, dim}, {x_.stride(0), 1}),
+        states);
+  }
+  const Tensor* last_states = &static_cast<const Tensor&>(states);
+  if (memory_) {
+    enter(shape_.bare ? 1 : 2, states, query);
+    attend(of_heads(place(2), count, dim), memory_->keys, memory_->values, memory_->intervals);
+    end(1, 3, states, crossed);
+    last_states = &static_cast<const Tensor&>(crossed);
+  }
+  const View inner(inner_rows + first * shape_.hidden, count, shape_.hidden);
+  enter(maps - 2, *last_states, inner, shape_.activation);
+  leave(shape_.parts - 1, maps - 1, inner, *last_states,
+        View(y_.data<float>() + first * dim, count, dim));
+}
 
 void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
                    const std::vector<Tensor>& scales, const std::vector<Tensor>& column_sums,
@@ -288,8 +213,8 @@ void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
                crosses ? "None" : "it alone");
   }
   const size_t parts = crosses ? 3 : 2;
-  Shape shape{rows,    dim,        0,     heads,
-              content, activation, parts, weights.size() == (parts + 1) * number};
+  const bool bare = weights.size() == (parts + 1) * number;
+  LayerShape shape{rows, dim, 0, heads, content, activation, parts, bare, eps};
   const size_t maps = shape.maps();
   check_count(check, "weights", weights, maps * number, "one for each linear map");
   check_count(check, "biases", biases, maps * number, "one for each linear map");
@@ -338,26 +263,34 @@ void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
   check.writable("y", y);
   if (wanted == 0) return;
 
-  // Layers hand their states on in two places that take turns.
-  const int64_t most = layers > 1 ? std::max(rows, wanted) : wanted;
+  // Layers hand their states on in two places that take turns, and so do what they project, which
+  // others may still read when a thread goes on: it is at most one layer ahead.
   const int64_t between = layers > 1 ? rows * dim : 0;
-  const auto memory =
-      std::make_unique_for_overwrite<float[]>(2 * between + scratch_size(shape, most));
-  const View even(memory.get(), rows, dim);
-  const View odd(memory.get() + between, rows, dim);
-  const Tensor* from = &x;
-  for (size_t i = 0; i < number; ++i) {
-    const bool last = i + 1 == number;
-    const Tensor* to = last ? &y : &static_cast<const Tensor&>(i % 2 == 0 ? even : odd);
-    std::optional<Memory> read;
-    if (crosses) read.emplace(Memory{keys[i], values[i], *memory_intervals});
-    const Layer layer{advance(weights, i * maps),     advance(scales, i * maps),
-                      advance(column_sums, i * maps), advance(biases, i * maps),
-                      advance(norms, 2 * parts * i),  eps};
-    run(layer, shape, *from, intervals, read, last && chosen ? &*chosen : nullptr,
-        memory.get() + 2 * between, *to);
-    from = to;
-  }
+  const int64_t most = layers > 1 ? std::max(rows, wanted) : wanted;
+  const auto floats = std::make_unique_for_overwrite<float[]>(2 * (between + shape.projected()) +
+                                                              shape.scratch(most));
+  float* const projected = floats.get() + 2 * between;
+  const View even(floats.get(), rows, dim);
+  const View odd(floats.get() + between, rows, dim);
+  in_team(rows >= kRowsToShare * max_threads(), [&](const Team& team) {
+    const Tensor* from = &x;
+    for (size_t i = 0; i < number; ++i) {
+      const bool last = i + 1 == number;
+      const Tensor* to = last ? &y : &static_cast<const Tensor&>(i % 2 == 0 ? even : odd);
+      std::optional<LayerMemory> read;
+      if (crosses) read.emplace(LayerMemory{keys[i], values[i], *memory_intervals});
+      const LayerTensors tensors{advance(weights, i * maps), advance(scales, i * maps),
+                                 advance(column_sums, i * maps), advance(biases, i * maps),
+                                 advance(norms, 2 * parts * i)};
+      const Layer layer(shape, tensors, *from, intervals, read, last && chosen ? &*chosen : nullptr,
+                        projected + i % 2 * shape.projected(), projected + 2 * shape.projected(),
+                        *to);
+      team.each(rows, [&](int64_t begin, int64_t end) { layer.project(begin, end); });
+      team.wait();
+      team.each(to->size(0), [&](int64_t begin, int64_t end) { layer.finish(begin, end); });
+      from = to;
+    }
+  });
 }
 
 }  // namespace pynar

@@ -1,0 +1,93 @@
+// A Transformer layer of packed_linear and interval_attention, in two phases: what a row does for
+// all, and what it does for itself. See packed_layers.cpp for the formula.
+#pragma once
+
+#include <optional>
+
+#include "common/parallel.h"
+#include "linear/host.h"
+
+namespace pynar {
+
+// With so many rows a thread, each goes through whole layers with its own. With fewer they share
+// the columns of every product, since then reading the weights takes most of the time.
+constexpr int64_t kRowsToShare = 4;
+
+// What layers next to each other share.
+struct LayerShape {
+  int64_t rows;
+  int64_t dim;
+  int64_t hidden;
+  int64_t heads;
+  int64_t content;  // the first rows, which have keys and values
+  int64_t activation;
+  size_t parts;  // sub-layers
+  bool bare;     // attention has no map behind it
+  double eps;
+
+  size_t maps() const { return bare ? parts + 1 : 2 * parts; }
+  // In floats: the first phase's results, and what the second one needs for so many rows.
+  int64_t projected() const { return 3 * rows * dim; }
+  int64_t scratch(int64_t wanted) const { return wanted * (4 * dim + hidden + heads); }
+};
+
+// Of one layer, each an array of tensors.
+struct LayerTensors {
+  const Tensor* weights;
+  const Tensor* scales;  // null but for int8
+  const Tensor* column_sums;
+  const Tensor* biases;
+  const Tensor* norms;  // null where sub-layers begin with one
+};
+
+// What cross-attention reads.
+struct LayerMemory {
+  const Tensor& keys;
+  const Tensor& values;
+  const Tensor& intervals;
+};
+
+class Layer {
+ public:
+  // `chosen`: the rows whose results are wanted; null for all.
+  Layer(const LayerShape& shape, const LayerTensors& tensors, const Tensor& x,
+        const Tensor& intervals, const std::optional<LayerMemory>& memory, const Tensor* chosen,
+        float* projected, float* scratch, const Tensor& y)
+      : shape_(shape),
+        tensors_(tensors),
+        x_(x),
+        intervals_(intervals),
+        memory_(memory),
+        chosen_(chosen),
+        projected_(projected),
+        scratch_(scratch),
+        y_(y) {}
+
+  // Queries, keys and values of rows [first, last).
+  void project(int64_t first, int64_t last) const;
+  // Everything else for the wanted rows [first, last), each of which needs nothing of the others
+  // but what they have projected.
+  void finish(int64_t first, int64_t last) const;
+
+ private:
+  bool norm_first() const { return tensors_.norms == nullptr; }
+  void enter(size_t map, const Tensor& x, const Tensor& y, int64_t activation = 0) const;
+  void leave(size_t part, size_t map, const Tensor& x, const Tensor& residual,
+             const Tensor& y) const;
+  void leave(size_t part, const Tensor& x, const Tensor& residual, const Tensor& y) const;
+  void run(size_t map, const Tensor& x, const std::optional<Tensor>& residual,
+           const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+           int64_t activation, double input_eps, const Tensor& y) const;
+
+  const LayerShape& shape_;
+  LayerTensors tensors_;
+  const Tensor& x_;
+  const Tensor& intervals_;
+  const std::optional<LayerMemory>& memory_;
+  const Tensor* chosen_;
+  float* projected_;
+  float* scratch_;
+  const Tensor& y_;
+};
+
+}  // namespace pynar
