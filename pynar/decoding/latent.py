@@ -160,10 +160,10 @@ class NoisyParallel:
         memory = model.encode(source, source_lengths)
         names = range(len(source)) if indices is None else indices.tolist()
         drafts = _draft(model, memory, names, self)
-        tokens = drafts.tokens.unflatten(0, (len(source), -1))
+        shape = len(source), drafts.lengths.shape[1] * self.samples
         scores = drafts.token_scores / drafts.rows.clamp(min=1)
         passes = torch.ones_like(source_lengths)
-        return _choose(tokens, scores.view(len(source), -1), tokens.shape[1], passes)
+        return _choose(drafts.tokens.unflatten(0, shape), scores.view(shape), shape[1], passes)
 
 
 @dataclass(frozen=True)
@@ -215,12 +215,11 @@ class ImportanceWeighted:
     ) -> Hypotheses:
         """As `LatentArgmax.decode`."""
         memory = model.encode(source, source_lengths)
-        sentences = len(source)
-        names = range(sentences) if indices is None else indices.tolist()
+        names = range(len(source)) if indices is None else indices.tolist()
         drafts = _draft(model, memory, names, self)
         tokens, lengths, log_probs = drafts.tokens, drafts.lengths, drafts.log_probs
-        scores = self._score(model, tokens, memory, names).view(sentences, -1)
         prior = log_probs.repeat_interleave(self.samples, 1)
+        scores = self._score(model, tokens, memory, names).view_as(prior)
         scores = (scores + prior) / lengths.repeat_interleave(self.samples, 1)
         # The decoder runs for the drafts, and again for what the posterior makes of them.
         passes = torch.full_like(source_lengths, 2)
@@ -237,7 +236,7 @@ class ImportanceWeighted:
         dim, k = model.config.dim, self.importance_samples
         posterior = model.infer(inputs, lengths, memory)
         # Other draws than those of the candidates.
-        per_sentence = lengths.view(len(names), -1)
+        per_sentence = lengths.view(len(names), len(lengths) // max(len(names), 1))
         noise = _noise(self.seed + 1, names, per_sentence, k, inputs.shape[1], dim)
         live = padding_mask(lengths, inputs.shape[1])[:, 0, 0]
         mean, log_variance = (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pynar.data.batching import Batch
 from pynar.nn.dropout import Dropout
 from pynar.nn.embedding import Embedding
-from pynar.nn.frozen import DTYPES, FrozenDecoder, FrozenEncoder
+from pynar.nn.frozen import DTYPES, freeze_network
 from pynar.nn.packed import PackedRows, bounds, pack
 from pynar.nn.transformer import Decoder, Encoder, Memory
 from pynar.ops import (
@@ -32,7 +32,7 @@ __all__ = ["Example", "TransformerConfig", "TranslationModel"]
 
 _CHOICES = {
     "norm": ("pre", "post"),
-    "positions": ("sinusoidal", "learned"),
+    "positions": ("sinusoidal", "learned", "none"),
     "activation": ("relu", "gelu"),
     "init": ("xavier", "bert"),
 }
@@ -132,15 +132,9 @@ class TranslationModel(nn.Module):
         self.target_embedding = Embedding(config.target_vocabulary, config.dim, **inputs)
         if config.share_embeddings:
             self.target_embedding.tokens = self.source_embedding.tokens
-        sizes = (config.dim, config.ffn_dim, config.heads)
-        habits: dict[str, Any] = {
-            "dropout": config.dropout,
-            "norm": config.norm,
-            "activation": config.activation,
-        }
         # Of a frozen model FrozenEncoder and FrozenDecoder, which have the same methods.
-        self.encoder: Any = Encoder(config.encoder_layers, *sizes, **habits)
-        self.decoder: Any = Decoder(config.decoder_layers, *sizes, **habits)
+        self.encoder: Any = self._make_encoder(config.encoder_layers)
+        self.decoder: Any = self._make_decoder(config.decoder_layers)
         self.dropout = Dropout(config.dropout)
         self.register_buffer("exclusion", self._exclude(self.banned), persistent=False)
         self.apply(self._initialise)
@@ -149,6 +143,24 @@ class TranslationModel(nn.Module):
             for embedding in (self.source_embedding, self.target_embedding):
                 if embedding.learned is not None:
                     nn.init.normal_(embedding.learned.weight)
+
+    def _make_encoder(self, layers: int) -> nn.Module:
+        return self._make(Encoder, layers)
+
+    def _make_decoder(self, layers: int) -> nn.Module:
+        return self._make(Decoder, layers)
+
+    def _make(self, kind: type[Encoder] | type[Decoder], layers: int) -> nn.Module:
+        config = self.config
+        return kind(
+            layers,
+            config.dim,
+            config.ffn_dim,
+            config.heads,
+            dropout=config.dropout,
+            norm=config.norm,
+            activation=config.activation,
+        )
 
     def _exclude(self, symbols: tuple[int, ...]) -> Tensor:
         exclusion = torch.zeros(self.config.target_vocabulary)
@@ -253,8 +265,8 @@ class TranslationModel(nn.Module):
         frozen._modules = dict(self._modules)
         frozen.eval()
         packed = DTYPES[dtype]
-        frozen.encoder = FrozenEncoder(self.encoder, packed)
-        frozen.decoder = FrozenDecoder(self.decoder, packed)
+        frozen.encoder = freeze_network(self.encoder, packed)
+        frozen.decoder = freeze_network(self.decoder, packed)
         frozen.packed_vocabulary = pack_linear(self.target_embedding.tokens.weight, packed)
         frozen.frozen = dtype
         return frozen

@@ -7,23 +7,31 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pynar.data.batching import Batch
 from pynar.models.base import Example, TransformerConfig, TranslationModel
 from pynar.models.cmlm import CMLMConfig
 from pynar.nn.attention import padding_mask
 from pynar.nn.embedding import sinusoids
-from pynar.nn.flows import Flow, PositionAttention, WeightNormLinear
-from pynar.nn.frozen import DTYPES
+from pynar.nn.flows import NETWORKS, Flow, PositionAttention, WeightNormLinear
+from pynar.nn.frozen import DTYPES, FrozenCopy
 from pynar.nn.frozen_flow import FrozenFlow
 from pynar.nn.length import LengthPredictor
-from pynar.nn.transformer import Decoder, Memory
+from pynar.nn.recurrent import RecurrentDecoder, RecurrentEncoder
+from pynar.nn.transformer import Memory
 from pynar.nn.transforms import TRANSFORMS
 from pynar.ops import padding_intervals
 from pynar.symbols import BOS, EOS, MASK, PAD
 
 __all__ = ["FlowSeq", "FlowSeqConfig", "FlowSeqExample", "Posterior", "fill_with_eos"]
+
+
+_CHOICES = {
+    "flow_transform": tuple(TRANSFORMS),
+    "flow_network": NETWORKS,
+    "network": ("transformer", "rnn"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +42,10 @@ class FlowSeqConfig(CMLMConfig):
     is fitted to a batch, and the weight of KL rises to 1 over `kl_warmup_updates`.
     `posterior_std` is that of the posterior's heads after fitting them to a batch, as in the
     released code; 0 has them begin at zero, as in the paper.
+    With `network: rnn` encoder, posterior and decoder, with `flow_network: rnn` couplings are
+    bidirectional LSTMs, of `ffn_dim` and of `flow_ffn_dim` channels; embeddings, the source's
+    states and latent variables have `dim`. `token_dropout` hides tokens from the posterior,
+    `latent_dropout` steps of the latent variables from the decoder.
     """
 
     dim: int = 256
@@ -46,9 +58,12 @@ class FlowSeqConfig(CMLMConfig):
     posterior_layers: int = 4
     posterior_std: float = 0.0
     token_dropout: float = 0.2
+    latent_dropout: float = 0.0
+    network: str = "transformer"
     flow_steps: tuple[int, ...] = (4, 4, 2)
     flow_ffn_dim: int = 512
     flow_transform: str = "affine"
+    flow_network: str = "attention"
     position_attention: bool = True
     posterior_updates: int = 30000
     kl_warmup_updates: int = 10000
@@ -59,13 +74,15 @@ class FlowSeqConfig(CMLMConfig):
             raise ValueError(f"`posterior_layers` must be positive, got {self.posterior_layers}")
         if not self.flow_steps or min(self.flow_steps) < 1:
             raise ValueError(f"`flow_steps` must be positive, got {list(self.flow_steps)}")
-        if self.flow_transform not in TRANSFORMS:
-            raise ValueError(
-                f"`flow_transform` must be one of {', '.join(TRANSFORMS)}, "
-                f"got {self.flow_transform!r}"
-            )
-        if not 0 <= self.token_dropout < 1:
-            raise ValueError(f"`token_dropout` must be in [0, 1), got {self.token_dropout}")
+        for field, choices in _CHOICES.items():
+            if (value := getattr(self, field)) not in choices:
+                raise ValueError(f"`{field}` must be one of {', '.join(choices)}, got {value!r}")
+        for field in ("token_dropout", "latent_dropout"):
+            if not 0 <= (value := getattr(self, field)) < 1:
+                raise ValueError(f"`{field}` must be in [0, 1), got {value}")
+        for field, network in (("ffn_dim", self.network), ("flow_ffn_dim", self.flow_network)):
+            if network == "rnn" and ((value := getattr(self, field)) < 2 or value % 2):
+                raise ValueError(f"`{field}` must be even, half for a direction, got {value}")
         for field in ("posterior_std", "posterior_updates", "kl_warmup_updates"):
             if not (value := getattr(self, field)) >= 0:
                 raise ValueError(f"`{field}` must not be negative, got {value}")
@@ -97,6 +114,7 @@ class FlowSeqExample(Example):
     lengths: Tensor  # [B], with the filling
     kept: Tensor  # boolean [B, T], tokens that the posterior sees
     noise: Tensor  # [B, T, C], from N(0, 1)
+    seen: Tensor | None = None  # boolean [B, T], latent variables that the decoder sees
 
 
 @dataclass(frozen=True)
@@ -123,6 +141,11 @@ def fill_with_eos(target: Tensor, lengths: Tensor, multiple: int) -> tuple[Tenso
     eos = (place >= lengths[:, None]) & (place < filled[:, None])
     tokens = tokens.masked_fill(eos, EOS)
     return tokens.masked_fill(place >= filled[:, None], PAD), filled
+
+
+def _hide(x: Tensor, kept: Tensor, rate: float) -> Tensor:
+    """Dropout of whole steps of `x: [B, T, C]`, of which `kept: [B, T]` are not."""
+    return x * (kept / (1 - rate))[..., None]
 
 
 class FlowSeq(TranslationModel):
@@ -154,15 +177,11 @@ class FlowSeq(TranslationModel):
             longest=self.longest,
             multiple=config.multiple,
         )
-        habits: dict[str, Any] = {
-            "dropout": config.dropout,
-            "norm": config.norm,
-            "activation": config.activation,
-        }
-        sizes = (config.dim, config.ffn_dim, config.heads)
-        self.posterior = Decoder(config.posterior_layers, *sizes, **habits)
-        self.gather = PositionAttention(config.dim, config.heads)
-        self.prior: Any = Flow(  # of a frozen model FrozenFlow
+        self.posterior: Any = self._make_decoder(config.posterior_layers)
+        # An LSTM knows its place in a sequence.
+        attends = config.network == "transformer"
+        self.gather = PositionAttention(config.dim, config.heads) if attends else None
+        self.prior: Any = Flow(  # of a frozen model FrozenFlow or FrozenCopy
             config.dim,
             config.dim,
             hidden=config.flow_ffn_dim,
@@ -170,15 +189,28 @@ class FlowSeq(TranslationModel):
             steps=config.flow_steps,
             position_attention=config.position_attention,
             transform=config.flow_transform,
+            network=config.flow_network,
         )
         for module in (self.length, self.posterior, self.gather, self.prior):
-            module.apply(self._initialise)
+            if module is not None:
+                module.apply(self._initialise)
         self.mean = WeightNormLinear(config.dim, config.dim)
         self.log_variance = WeightNormLinear(config.dim, config.dim)
         if not config.posterior_std:
             for head in (self.mean, self.log_variance):
-                torch.nn.init.zeros_(head.gain)
+                nn.init.zeros_(head.gain)
         self._with_prior = True
+
+    def _make_encoder(self, layers: int) -> nn.Module:
+        if self.config.network == "transformer":
+            return super()._make_encoder(layers)
+        return RecurrentEncoder(layers, self.config.dim, self.config.ffn_dim)
+
+    def _make_decoder(self, layers: int) -> nn.Module:
+        config = self.config
+        if config.network == "transformer":
+            return super()._make_decoder(layers)
+        return RecurrentDecoder(layers, config.dim, config.ffn_dim, dropout=config.dropout)
 
     @property
     def longest(self) -> int | None:
@@ -235,7 +267,10 @@ class FlowSeq(TranslationModel):
         sentences = torch.tensor(len(batch), device=tokens.device)
         counts = {"token": count, "kl": count, "length": sentences}
         kept = draw >= self.config.token_dropout
-        return FlowSeqExample(batch, tokens, tokens, counts, lengths, kept, noise)
+        seen = None
+        if rate := self.config.latent_dropout:
+            seen = torch.rand(tokens.shape, generator=generator, device=tokens.device) >= rate
+        return FlowSeqExample(batch, tokens, tokens, counts, lengths, kept, noise, seen)
 
     def forward(self, example: FlowSeqExample) -> dict[str, Tensor]:  # type: ignore[override]
         batch = example.batch
@@ -246,7 +281,10 @@ class FlowSeq(TranslationModel):
         with_prior = self._with_prior or not self.training
         z = posterior.sample(example.noise) if with_prior else posterior.mean
         live = example.labels != PAD
-        states = self.decode_latent(z, example.lengths, memory, live)
+        shown = z
+        if self.training and example.seen is not None:
+            shown = _hide(z, example.seen, self.config.latent_dropout)
+        states = self.decode_latent(shown, example.lengths, memory, live)
         losses = {
             "token": self._token_loss(states, example.labels[live]),
             "length": self.length.loss(memory.states, memory.lengths, example.lengths),
@@ -297,7 +335,7 @@ class FlowSeq(TranslationModel):
         x = self.target_embedding.embed(tokens)
         if kept is not None:
             # Whole tokens, before they have positions.
-            x = x * (kept / (1 - self.config.token_dropout))[..., None]
+            x = _hide(x, kept, self.config.token_dropout)
         x = self.target_embedding.norm(x + self.target_embedding.positions(0, tokens.shape[1]))
         own = Memory(
             memory.states, memory.embedded, memory.lengths, self.posterior.project(memory.states)
@@ -341,9 +379,11 @@ class FlowSeq(TranslationModel):
         self, z: Tensor, lengths: Tensor, memory: Memory, wanted: Tensor | None = None
     ) -> Tensor:
         """Decoder states `[B * n, T, C]` of latent variables, or `[N, C]` of those `wanted`."""
-        positions = sinusoids(z.shape[1] + 1, z.shape[2])[1:].to(z)
-        x = self.gather(z, positions, padding_intervals(lengths, z.shape[1]))
-        return self.decoder(self.dropout(x), memory, lengths, wanted)  # type: ignore[no-any-return]
+        if self.gather is not None:
+            positions = sinusoids(z.shape[1] + 1, z.shape[2])[1:].to(z)
+            z = self.gather(z, positions, padding_intervals(lengths, z.shape[1]))
+            z = self.dropout(z)
+        return self.decoder(z, memory, lengths, wanted)  # type: ignore[no-any-return]
 
     def reconstruction(self, states: Tensor, tokens: Tensor) -> Tensor:
         """log p(y_t | z, x) of `tokens: [N]` from states `[N, C]`."""
@@ -351,9 +391,12 @@ class FlowSeq(TranslationModel):
 
     def freeze(self, dtype: str = "fp32") -> FlowSeq:
         frozen = super().freeze(dtype)
+        cpu = frozen.exclusion.device.type == "cpu"
         with torch.no_grad():
-            if frozen.exclusion.device.type == "cpu":
+            if cpu and self.config.flow_network == "attention":
                 frozen.prior = FrozenFlow(self.prior, DTYPES[dtype])
-            else:
-                frozen._factors = frozen.prior.factors()
+                return frozen
+            frozen._factors = frozen.prior.factors()
+            if cpu:
+                frozen.prior = FrozenCopy(self.prior)
         return frozen

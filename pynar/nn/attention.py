@@ -23,7 +23,13 @@ def _merge_heads(x: Tensor) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
     """Softmax attention of `q: [B, H, Tq, D]` over `k`, `v: [B, H, Tk, D]`.
 
@@ -33,10 +39,10 @@ def _attend(
     if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and q.requires_grad:
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(
-                q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal
+                q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal, scale=scale
             )
         return y.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
 
 
 class SelfAttention(nn.Module):

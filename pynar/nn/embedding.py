@@ -27,12 +27,13 @@ def sinusoids(length: int, dim: int) -> Tensor:
 class Embedding(nn.Module):
     """Token embeddings scaled by sqrt(C), and positions; dropout belongs to the caller.
 
-    Learned positions end at `max_length`; sinusoids are made as long as a sentence asks for.
+    Learned positions end at `max_length`; sinusoids are made as long as a sentence asks for;
+    `positions="none"` adds zeros, for networks that read step by step.
     Without `scale` token embeddings stay as they are; `norm` is the layer normalisation of the
     sum, or the identity (BART has one).
     """
 
-    table: Tensor
+    table: Tensor | None
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Embedding(nn.Module):
         self.scale = math.sqrt(dim) if scale else 1.0
         self.max_length = max_length
         self.learned = nn.Embedding(max_length, dim) if positions == "learned" else None
-        table = None if self.learned is not None else sinusoids(max_length, dim)
+        table = sinusoids(max_length, dim) if positions == "sinusoidal" else None
         self.register_buffer("table", table, persistent=False)
         self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
@@ -62,6 +63,8 @@ class Embedding(nn.Module):
                     f"{self.max_length} learned positions; split it or train with more"
                 )
             return self.learned.weight[start:stop]
+        if self.table is None:
+            return self.tokens.weight.new_zeros(stop - start, self.tokens.embedding_dim)
         if stop > self.table.shape[0]:
             # Even while decoding: a tensor made in inference mode could not be trained with.
             with torch.inference_mode(False):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pynar.nn.dropout import Dropout
 from pynar.nn.embedding import sinusoids
+from pynar.nn.recurrent import BiLSTM, look_up
 from pynar.nn.transformer import FeedForward, KeysValues
 from pynar.nn.transforms import TRANSFORMS
 from pynar.ops import (
@@ -28,6 +29,7 @@ from pynar.ops import (
 )
 
 __all__ = [
+    "NETWORKS",
     "ActNorm",
     "ActNormLinear",
     "Coupling",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 HEAD_WIDTHS = (32, 16, 8)
+NETWORKS = ("attention", "rnn")  # of couplings
 _SPLITS = ("features", "alternate", "steps")
 
 
@@ -78,9 +81,10 @@ def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
 class _Rows:
     """The steps that a map works on: which are live, and what they attend to."""
 
-    lengths: Tensor  # [B]
-    sees: Tensor  # int32 [B, T, 1, 2], the steps of the sequence
-    reads: Tensor  # the same of the source
+    lengths: Tensor  # [B * n]
+    source_lengths: Tensor  # [B]
+    sees: Tensor  # int32 [B * n, T, 1, 2], the steps of the sequence
+    reads: Tensor  # int32 [B, n * T, 1, 2], the same of the source
     positions: Tensor  # [T, W], as wide as what couplings condition on
 
     @staticmethod
@@ -90,7 +94,8 @@ class _Rows:
         reads = ends[:, None, None].repeat(1, candidates * width, 1, 1)
         # The first position of the released code is 1.
         positions = sinusoids(width + 1, dim)[1:].to(like)
-        return _Rows(lengths, padding_intervals(lengths, width), reads, positions)
+        sees = padding_intervals(lengths, width)
+        return _Rows(lengths, source_lengths, sees, reads, positions)
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,7 @@ class PositionAttention(nn.Module):
         return self.norm(positions + _attend(q, k, v, sees))
 
 
-class _CouplingNet(nn.Module):
+class _AttentionNet(nn.Module):
     """One decoder layer, post-norm, and a linear map to the `outputs` for each channel.
 
     Attention has no output projection, as in the released code. Keys and values of the source
@@ -196,7 +201,7 @@ class _CouplingNet(nn.Module):
         attends_by_position: bool,
     ) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.key_width = heads, dim
         self.positions = PositionAttention(dim, heads) if attends_by_position else None
         self.qkv = nn.Linear(dim, 3 * dim)
         self.query = nn.Linear(dim, dim)
@@ -214,10 +219,28 @@ class _CouplingNet(nn.Module):
         y = _attend(q, _heads(k, self.heads), _heads(v, self.heads), rows.sees)
         x = self.norms[0](x + self.dropout(y))
         # Candidates of one sentence follow each other and read the same source.
-        q = self.query(x).reshape(source[0].shape[0], -1, x.shape[2])
+        q = self.query(x).reshape(*rows.reads.shape[:2], x.shape[2])
         x = self.norms[1](x + self.dropout(_attend(q, *source, rows.reads).view_as(x)))
         x = self.norms[2](x + self.dropout(self.feed_forward(x)))
         return self.output(x)
+
+
+class _RecurrentNet(nn.Module):
+    """A bidirectional LSTM, global attention, and a linear map of both.
+
+    Keys and values of the source come from `Flow.project`.
+    """
+
+    def __init__(self, dim: int, hidden: int, *, outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.key_width = 1, hidden
+        self.lstm = BiLSTM(dim, hidden)
+        self.dropout = Dropout(dropout)
+        self.output = WeightNormLinear(2 * hidden, outputs * dim)
+
+    def forward(self, x: Tensor, rows: _Rows, source: tuple[Tensor, Tensor]) -> Tensor:
+        found = look_up(self.lstm(x, rows.lengths), source, rows.source_lengths)
+        return self.output(self.dropout(found))  # type: ignore[no-any-return]
 
 
 class Coupling(nn.Module):
@@ -230,7 +253,10 @@ class Coupling(nn.Module):
         up: the first half decides about the second; otherwise the reverse.
         number: of the coupling in its flow.
         transform: of `pynar.nn.transforms`.
-        attends_by_position: whether the network gathers its input by `PositionAttention`.
+        network: "attention", one layer of a Transformer's decoder with a feed-forward layer of
+            `hidden` channels, or "rnn", a bidirectional LSTM of as many.
+        attends_by_position: whether a network of attention gathers its input by
+            `PositionAttention`.
     """
 
     def __init__(
@@ -243,6 +269,7 @@ class Coupling(nn.Module):
         up: bool,
         number: int,
         transform: str = "affine",
+        network: str = "attention",
         dropout: float = 0.0,
         attends_by_position: bool = False,
     ) -> None:
@@ -250,20 +277,26 @@ class Coupling(nn.Module):
         self.split, self.up, self.number = split, up, number
         self.width = dim if split == "steps" else dim // 2
         self.transform = TRANSFORMS[transform]
-        self.net = _CouplingNet(
-            self.width,
-            hidden,
-            heads,
-            outputs=self.transform.parameters,
-            dropout=dropout,
-            attends_by_position=attends_by_position,
-        )
+        outputs = self.transform.parameters
+        self.net: _AttentionNet | _RecurrentNet
+        if network == "rnn":
+            self.net = _RecurrentNet(self.width, hidden, outputs=outputs, dropout=dropout)
+        else:
+            self.net = _AttentionNet(
+                self.width,
+                hidden,
+                heads,
+                outputs=outputs,
+                dropout=dropout,
+                attends_by_position=attends_by_position,
+            )
 
     def forward(self, x: Tensor, context: _Context, inverse: bool = False) -> tuple[Tensor, Tensor]:
         rows = context.halves if self.split == "steps" else context.whole
         first, second = self._halves(x)
         given, changed = (first, second) if self.up else (second, first)
-        net = self.net(given, rows, context.keys_values[self.number])
+        # Under autocast the network has fewer bits than the states.
+        net = self.net(given, rows, context.keys_values[self.number]).to(x.dtype)
         changed, logdet = self.transform.apply(changed, rows.lengths, net, inverse)
         return self._join(*((given, changed) if self.up else (changed, given))), logdet
 
@@ -292,17 +325,21 @@ class Flow(nn.Module):
     (contiguous heads), unit, actnorm, linear map (strided heads), unit; a unit pairs of couplings
     that split the channels in halves, then by parity, and below the top the steps by parity,
     with an actnorm between the pairs (section 3.3 and 3.4; what the paper counts as steps are
-    couplings).
+    couplings). The positional unit's networks are always of attention.
 
     Args:
         dim: C.
         source_dim: channels of the source's states.
-        hidden: width of the coupling networks' feed-forward layers.
-        heads: of the coupling networks' attention.
+        hidden: width of the coupling networks' feed-forward layers or LSTMs.
+        heads: of the coupling networks' attention; LSTMs have one.
         steps: of each level, from the bottom.
         dropout: in the coupling networks.
         position_attention: whether levels begin with a positional unit.
         transform: what couplings do, "affine", "additive" or "nlsq" (`pynar.nn.transforms`).
+        network: what decides about it, "attention" or "rnn", see `Coupling`.
+
+    Raises:
+        ValueError: an unknown `transform` or `network`, or sizes that do not go together.
     """
 
     def __init__(
@@ -316,8 +353,13 @@ class Flow(nn.Module):
         dropout: float = 0.0,
         position_attention: bool = True,
         transform: str = "affine",
+        network: str = "attention",
     ) -> None:
         super().__init__()
+        if network not in NETWORKS:
+            raise ValueError(
+                f"Flow: `network` must be one of {', '.join(NETWORKS)}, got {network!r}"
+            )
         if transform not in TRANSFORMS:
             raise ValueError(
                 f"Flow: `transform` must be one of {', '.join(TRANSFORMS)}, got {transform!r}"
@@ -333,7 +375,9 @@ class Flow(nn.Module):
         couplings: list[Coupling] = []
         linears: list[ActNormLinear] = []
 
-        def coupling(split: str, up: bool, attends_by_position: bool = False) -> Coupling:
+        def coupling(
+            split: str, up: bool, network: str = network, attends_by_position: bool = False
+        ) -> Coupling:
             made = Coupling(
                 dim,
                 hidden,
@@ -342,6 +386,7 @@ class Flow(nn.Module):
                 up=up,
                 number=len(couplings),
                 transform=transform,
+                network=network,
                 dropout=dropout,
                 attends_by_position=attends_by_position,
             )
@@ -369,15 +414,16 @@ class Flow(nn.Module):
             if position_attention:
                 maps += [
                     ActNorm(dim),
-                    coupling("features", True, attends_by_position=True),
-                    coupling("features", False),
+                    coupling("features", True, "attention", attends_by_position=True),
+                    coupling("features", False, "attention"),
                 ]
             for _ in range(count):
                 maps += step(top)
             if not top:
                 maps.append(coupling("features", True))
             self.levels.append(nn.ModuleList(maps))
-        self._widths = [c.width for c in couplings]
+        self._widths = [c.net.key_width for c in couplings]
+        self._heads = [c.net.heads for c in couplings]
         # One matrix for the keys and values of every coupling, so that they are one product; each
         # coupling's part is initialised by itself.
         parts = [torch.empty(2 * width, source_dim) for width in self._widths]
@@ -388,8 +434,8 @@ class Flow(nn.Module):
         """Keys and values of `source: [B, S, C]` for every coupling, `[B, H, S, D]` each."""
         projected = F.linear(source, self.key_value_weight, self.key_value_bias)
         parts = projected.split([2 * width for width in self._widths], -1)
-        halves = (part.chunk(2, -1) for part in parts)
-        return [(_heads(k, self.heads), _heads(v, self.heads)) for k, v in halves]
+        halves = zip((part.chunk(2, -1) for part in parts), self._heads, strict=True)
+        return [(_heads(k, heads), _heads(v, heads)) for (k, v), heads in halves]
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """log|det| and inverse of all matrices; to be computed anew when weights have changed."""

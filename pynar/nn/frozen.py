@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pynar.nn.transformer import Decoder, Encoder, FeedForward, KeysValues, _Residual
+from pynar.nn.transformer import Decoder, Encoder, FeedForward, KeysValues, Memory, _Residual
 from pynar.ops import PackedLayer, interval_attention, pack_linear
 from pynar.ops._operator import OPERATORS
 from pynar.ops.packed_layers import layer_tensors
@@ -28,7 +28,14 @@ from pynar.ops.packed_linear import ACTIVATIONS, PANEL, PackedWeight
 # So many rows' activations stay in the cache from one layer to the next.
 GROUP = 1024
 
-__all__ = ["DTYPES", "FrozenDecoder", "FrozenEncoder", "PackedLinear"]
+__all__ = [
+    "DTYPES",
+    "FrozenCopy",
+    "FrozenDecoder",
+    "FrozenEncoder",
+    "PackedLinear",
+    "freeze_network",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
@@ -288,6 +295,33 @@ class _Frozen(nn.Module):
 
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(f"a model with weights packed for the CPU cannot {what}")
+
+
+class FrozenCopy(_Frozen):
+    """A copy of a network of which nothing is packed, such as LSTMs."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network: Any = copy.deepcopy(network).requires_grad_(False).eval()
+        self.training = False
+
+    def project(self, states: Tensor) -> KeysValues:
+        return self.network.project(states)  # type: ignore[no-any-return]
+
+    def remember(self, states: Tensor, embedded: Tensor, lengths: Tensor) -> Memory:
+        return self.network.remember(states, embedded, lengths)  # type: ignore[no-any-return]
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.network(*arguments, **options)
+
+
+def freeze_network(network: nn.Module, dtype: torch.dtype) -> _Frozen:
+    """`Encoder` and `Decoder` with packed weights; a copy of anything else."""
+    if isinstance(network, Encoder):
+        return FrozenEncoder(network, dtype)
+    if isinstance(network, Decoder):
+        return FrozenDecoder(network, dtype)
+    return FrozenCopy(network)
 
 
 class FrozenEncoder(_Frozen):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pynar.nn.embedding import sinusoids
-from pynar.nn.flows import ActNorm, ActNormLinear, Coupling, Flow, PositionAttention, _CouplingNet
+from pynar.nn.flows import ActNorm, ActNormLinear, Coupling, Flow, PositionAttention, _AttentionNet
 from pynar.nn.frozen import PackedLinear, Rows, _attend, _Frozen, _heads
 from pynar.nn.transforms import TRANSFORMS
 from pynar.ops import PackedActNorm, PackedCoupling, PackedFlowLinear, PackedLayer
@@ -172,7 +172,7 @@ class _PositionAttention:
 class _Net:
     """A coupling's network: one packed layer, and the map to shift and scale."""
 
-    def __init__(self, net: _CouplingNet, dtype: torch.dtype) -> None:
+    def __init__(self, net: _AttentionNet, dtype: torch.dtype) -> None:
         self.positions = None
         if net.positions is not None:
             self.positions = _PositionAttention(net.positions, dtype)
@@ -221,6 +221,8 @@ class _Coupling:
         self.up, self.number = module.up, module.number
         self.by_steps = module.split == "steps"
         self.apply = module.transform.apply
+        if not isinstance(module.net, _AttentionNet):
+            raise ValueError('FrozenFlow: `flow` must have `network` "attention", got "rnn"')
         self.net = _Net(module.net, dtype)
 
     def __call__(self, x: Tensor, context: _Context) -> Tensor:
@@ -238,7 +240,11 @@ class _Coupling:
 
 
 class FrozenFlow(_Frozen):
-    """`Flow` with packed weights; the same arguments and results."""
+    """`Flow` with packed weights; the same arguments and results.
+
+    Raises:
+        ValueError: the flow has recurrent networks, which have no packed form.
+    """
 
     def __init__(self, flow: Flow, dtype: torch.dtype) -> None:
         super().__init__()

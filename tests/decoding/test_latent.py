@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +23,15 @@ LENGTHS = torch.tensor([5, 3, 4])
 
 @pytest.fixture(scope="module")
 def model() -> FlowSeq:
+    return make_model()
+
+
+def make_model(**changes: Any) -> FlowSeq:
     torch.manual_seed(0)
     sizes = {"source_vocabulary": 13, "target_vocabulary": 13, "dim": 16, "ffn_dim": 12, "heads": 2}
     layers = {"encoder_layers": 1, "posterior_layers": 1, "decoder_layers": 1}
     flow = {"flow_steps": [1, 1, 1], "flow_ffn_dim": 8, "max_length": 64}
-    made = build({"model": "flowseq", **sizes, **layers, **flow})
+    made = build({"model": "flowseq", **sizes, **layers, **flow, **changes})
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -192,13 +197,50 @@ def test_importance_weights_by_hand(model: FlowSeq) -> None:
         )
 
 
-def test_frozen_translates_alike(model: FlowSeq) -> None:
-    few = {"length_candidates": 2, "samples": 2}
-    for strategy in (LatentArgmax(), NoisyParallel(**few), ImportanceWeighted(**few)):
+FEW = {"length_candidates": 2, "samples": 2}
+STRATEGIES = (LatentArgmax(), NoisyParallel(**FEW), ImportanceWeighted(**FEW))
+RECURRENT = [
+    {"network": "rnn", "positions": "none"},
+    {"flow_network": "rnn"},
+    {"network": "rnn", "positions": "none", "flow_network": "rnn", "position_attention": False},
+]
+
+
+@pytest.mark.parametrize("changes", [{}, *RECURRENT], ids=str)
+def test_frozen_translates_alike(changes: dict[str, object]) -> None:
+    model = make_model(**changes)
+    frozen_model = model.freeze()
+    for strategy in STRATEGIES:
         free = strategy.decode(model, SOURCE, LENGTHS)
-        frozen = strategy.decode(model.freeze(), SOURCE, LENGTHS)
+        frozen = strategy.decode(frozen_model, SOURCE, LENGTHS)
         assert frozen.lists() == free.lists()
         torch.testing.assert_close(frozen.scores, free.scores, rtol=1e-3, atol=1e-3)
+    assert free.lists()[0] != free.lists()[1]
+    with pytest.raises(ValueError, match="cannot be trained"):
+        frozen_model.train()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_recurrent_networks_stay_in_fp32(dtype: str) -> None:
+    """So does log p(z | x), the score of the mode."""
+    model = make_model(**RECURRENT[-1])
+    free = LatentArgmax().decode(model, SOURCE, LENGTHS)
+    frozen = LatentArgmax().decode(model.freeze(dtype), SOURCE, LENGTHS)
+    torch.testing.assert_close(frozen.scores, free.scores)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+def test_recurrent_batch_mates_change_nothing(strategy: LatentArgmax) -> None:
+    test_batch_mates_change_nothing(make_model(**RECURRENT[-1]), strategy)
+
+
+def test_no_sentences() -> None:
+    for changes in ({}, RECURRENT[-1]):
+        model = make_model(**changes)
+        for strategy in STRATEGIES:
+            for one in (model, model.freeze()):
+                found = strategy.decode(one, SOURCE[:0], LENGTHS[:0])
+                assert found.lists() == []
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,16 @@ SIZES = {
     "posterior_updates": 3,
     "kl_warmup_updates": 4,
 }
+RECURRENT = {
+    "network": "rnn",
+    "flow_network": "rnn",
+    "positions": "none",
+    "embedding_scale": False,
+    "position_attention": False,
+    "posterior_layers": 2,
+    "latent_dropout": 0.3,
+}
+every_variant = pytest.mark.parametrize("changes", [{}, RECURRENT], ids=["transformer", "rnn"])
 
 
 def make_model(**changes: Any) -> FlowSeq:
@@ -65,7 +75,14 @@ def alone(example: FlowSeqExample, row: int) -> FlowSeqExample:
     tokens = example.inputs[one, width]
     noise = example.noise[one, width]
     return FlowSeqExample(
-        part, tokens, tokens, {}, example.lengths[one], example.kept[one, width], noise
+        part,
+        tokens,
+        tokens,
+        {},
+        example.lengths[one],
+        example.kept[one, width],
+        noise,
+        None if example.seen is None else example.seen[one, width],
     )
 
 
@@ -80,8 +97,9 @@ def test_targets_are_filled_to_a_multiple_by_hand() -> None:
     ]
 
 
-def test_losses_are_those_of_the_paper() -> None:
-    model, batch = make_model(), make_batch()
+@every_variant
+def test_losses_are_those_of_the_paper(changes: dict) -> None:
+    model, batch = make_model(**changes), make_batch()
     example = make_example(model, batch)
     losses = model(example)
     want = {"token": 0.0, "kl": 0.0, "length": 0.0}
@@ -144,12 +162,48 @@ def test_what_a_validation_logs() -> None:
     assert sum(levels) == pytest.approx(logdet / steps) and 0.0 not in levels
 
 
-def test_the_score_of_a_sample_is_that_of_encoding_it_again() -> None:
-    model, batch = make_model(), make_batch()
+@every_variant
+def test_the_score_of_a_sample_is_that_of_encoding_it_again(changes: dict) -> None:
+    model, batch = make_model(**changes), make_batch()
     example = make_example(model, batch)
     memory = model.encode(batch.source, batch.source_lengths)
     z, score = model.sample_prior(example.noise, example.lengths, memory)
     torch.testing.assert_close(model.log_prior(z, example.lengths, memory), score)
+
+
+@every_variant
+def test_autocast_comes_close_to_fp32(changes: dict) -> None:
+    model, batch = make_model(**changes).float().train(), make_batch()
+    example = model.corrupt(batch, torch.Generator().manual_seed(2))
+    want = model(example)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(example)
+    for term, value in want.items():
+        torch.testing.assert_close(found[term].float(), value, rtol=0.02, atol=0, msg=term)
+    torch.stack([value.float() for value in found.values()]).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_latent_variables_are_hidden_from_the_decoder_whole() -> None:
+    model, batch = make_model(**RECURRENT), make_batch()
+    example = make_example(model, batch)
+    assert 0 < (example.seen & (example.labels != PAD)).sum() < (example.labels != PAD).sum()
+    memory = model.encode(batch.source, batch.source_lengths)
+    shown: list[Tensor] = []
+    decode = model.decode_latent
+
+    def watch(z: Tensor, *rest: Any) -> Tensor:
+        shown.append(z)
+        return decode(z, *rest)
+
+    model.decode_latent = watch  # type: ignore[method-assign]
+    z = model.infer(example.inputs, example.lengths, memory, example.kept).sample(example.noise)
+    model.train()(example)
+    torch.testing.assert_close(shown[0], z * example.seen[..., None] / 0.7)
+    # Hidden in training alone.
+    model.eval()(example)
+    z = model.infer(example.inputs, example.lengths, memory).sample(example.noise)
+    torch.testing.assert_close(shown[1], z)
 
 
 def test_tokens_are_hidden_from_the_posterior_whole() -> None:
@@ -174,8 +228,9 @@ def test_tokens_are_hidden_from_the_posterior_whole() -> None:
     assert not torch.allclose(model(hidden)["kl"], model(example)["kl"])
 
 
-def test_the_prior_takes_part_after_the_first_phase() -> None:
-    model = make_model().train()
+@every_variant
+def test_the_prior_takes_part_after_the_first_phase(changes: dict) -> None:
+    model = make_model(**changes).train()
     weights = [model.weights_at(update)["kl"] for update in (1, 3, 4, 5, 7, 8, 100)]
     assert weights == [0, 0, 0.25, 0.5, 1, 1, 1]
     batch = make_batch()
@@ -205,9 +260,10 @@ def test_the_prior_takes_part_after_the_first_phase() -> None:
 
 
 @pytest.mark.parametrize("std", [0.0, 0.05])
-def test_how_the_posterior_begins(std: float) -> None:
+@every_variant
+def test_how_the_posterior_begins(changes: dict, std: float) -> None:
     torch.manual_seed(0)
-    model = build({"model": "flowseq", **SIZES, "posterior_std": std}).train()
+    model = build({"model": "flowseq", **SIZES, **changes, "posterior_std": std}).train()
     batch = collate([([6, 7, 8] * 3, [9, 10, 11, 12])] * 40, range(40))
     generator = torch.Generator().manual_seed(0)
     assert model.begin_update(1, batch, generator) == (std > 0)
@@ -230,6 +286,11 @@ def test_how_the_posterior_begins(std: float) -> None:
         ({"posterior_layers": 0}, "`posterior_layers`"),
         ({"token_dropout": 1.0}, "`token_dropout`"),
         ({"flow_transform": "cubic"}, "`flow_transform` must be one of affine, additive, nlsq"),
+        ({"latent_dropout": -0.1}, "`latent_dropout`"),
+        ({"network": "cnn"}, "`network` must be one of transformer, rnn, got 'cnn'"),
+        ({"flow_network": "cnn"}, "`flow_network` must be one of attention, rnn, got 'cnn'"),
+        ({"network": "rnn", "ffn_dim": 13}, "`ffn_dim` must be even"),
+        ({"flow_network": "rnn", "flow_ffn_dim": 9}, "`flow_ffn_dim` must be even"),
         ({"dim": 12, "heads": 2}, "multiple of 8"),
         ({"kl_warmup_updates": -1}, "`kl_warmup_updates`"),
     ],

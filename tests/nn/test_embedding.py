@@ -29,6 +29,13 @@ def test_tokens_are_scaled_and_positions_added() -> None:
     torch.testing.assert_close(layer.embed(tokens), 4 * layer.tokens.weight[tokens])
 
 
+@pytest.mark.parametrize("length", [0, 7, 40])
+def test_without_positions_only_tokens_are_left(length: int) -> None:
+    layer = Embedding(9, 16, positions="none", max_length=32)
+    tokens = torch.randint(0, 9, (2, length))
+    assert torch.equal(layer(tokens, start=5), layer.embed(tokens))
+
+
 def test_the_sum_is_normalised_and_the_scale_left_out_where_asked() -> None:
     layer = Embedding(9, 16, positions="learned", max_length=32, scale=False, norm=True)
     torch.nn.init.normal_(layer.norm.weight)

@@ -12,6 +12,7 @@ from torch import Tensor
 from pynar.nn.flows import ActNorm, ActNormLinear, Coupling, Flow, WeightNormLinear
 
 DIM, SOURCE = 16, 12
+every_network = pytest.mark.parametrize("network", ["attention", "rnn"])
 LENGTHS = torch.tensor([8, 4])
 SOURCE_LENGTHS = torch.tensor([5, 3])
 
@@ -45,10 +46,12 @@ def live(lengths: Tensor, width: int) -> Tensor:
 
 @pytest.mark.parametrize("steps", [(1,), (2, 1), (1, 1, 1)])
 @pytest.mark.parametrize("position_attention", [True, False])
+@every_network
 def test_sampling_undoes_encoding_and_pads_are_zero(
-    steps: tuple[int, ...], position_attention: bool
+    steps: tuple[int, ...], position_attention: bool, network: str
 ) -> None:
-    flow, (z, source) = make_flow(steps=steps, position_attention=position_attention), make_inputs()
+    options = {"steps": steps, "position_attention": position_attention, "network": network}
+    flow, (z, source) = make_flow(**options), make_inputs()
     noise, logdet = run(flow, z, LENGTHS, source)
     assert noise.shape == z.shape
     assert not noise[~live(LENGTHS, 8)].any() and (noise[live(LENGTHS, 8)] != 0).all()
@@ -60,7 +63,17 @@ def test_sampling_undoes_encoding_and_pads_are_zero(
 @pytest.mark.parametrize("transform", ["affine", "additive", "nlsq"])
 @pytest.mark.parametrize("inverse", [False, True])
 def test_the_log_determinant_is_that_of_the_jacobian(inverse: bool, transform: str) -> None:
-    flow, (z, source) = make_flow(transform=transform), make_inputs()
+    compare_with_jacobian(make_flow(transform=transform), inverse)
+
+
+def test_the_log_determinant_of_recurrent_couplings() -> None:
+    flow = make_flow(network="rnn", steps=(1, 1), position_attention=False)
+    assert all(hasattr(m.net, "lstm") for m in flow.modules() if isinstance(m, Coupling))
+    compare_with_jacobian(flow, inverse=False)
+
+
+def compare_with_jacobian(flow: Flow, inverse: bool) -> None:
+    z, source = make_inputs()
     one, length = slice(1, 2), int(LENGTHS[1])
     rest = LENGTHS[one], flow.project(source[one]), SOURCE_LENGTHS[one]
     call = functools.partial(_called, flow, rest, inverse)
@@ -74,14 +87,17 @@ def _called(flow: Flow, rest: tuple, inverse: bool, x: Tensor) -> tuple[Tensor, 
     return flow(x, *rest, inverse=inverse)
 
 
-def test_batch_mates_padding_and_nan_change_nothing() -> None:
-    flow, (z, source) = make_flow(), make_inputs()
+@every_network
+def test_batch_mates_padding_and_nan_change_nothing(network: str) -> None:
+    flow, (z, source) = make_flow(network=network), make_inputs()
     noise, logdet = run(flow, z, LENGTHS, source)
     dirty, dirty_source = z.clone(), source.clone()
     dirty[1, 4:] = math.nan
     dirty_source[1, 3:] = math.nan
     again, logdet_again = run(flow, dirty, LENGTHS, dirty_source)
     torch.testing.assert_close(again, noise, rtol=0, atol=0)
+    back, _ = run(flow, dirty, LENGTHS, dirty_source, inverse=True)
+    torch.testing.assert_close(back, run(flow, z, LENGTHS, source, inverse=True)[0])
     torch.testing.assert_close(logdet_again, logdet, rtol=0, atol=0)
     keys_values = flow.project(source[1:, :3])
     alone, logdet_alone = flow(z[1:, :4], LENGTHS[1:], keys_values, SOURCE_LENGTHS[1:])
@@ -89,8 +105,9 @@ def test_batch_mates_padding_and_nan_change_nothing() -> None:
     torch.testing.assert_close(logdet_alone[0], logdet[1])
 
 
-def test_candidates_share_their_source() -> None:
-    flow, (_, source) = make_flow(), make_inputs()
+@every_network
+def test_candidates_share_their_source(network: str) -> None:
+    flow, (_, source) = make_flow(network=network), make_inputs()
     torch.manual_seed(2)
     noise = torch.randn(6, 8, DIM).double()
     lengths = torch.tensor([8, 4, 8, 4, 8, 8])
@@ -103,8 +120,9 @@ def test_candidates_share_their_source() -> None:
     torch.testing.assert_close(logdet, logdet_each)
 
 
-def test_the_source_matters_and_every_parameter_has_a_gradient() -> None:
-    flow, (z, source) = make_flow(), make_inputs()
+@every_network
+def test_the_source_matters_and_every_parameter_has_a_gradient(network: str) -> None:
+    flow, (z, source) = make_flow(network=network), make_inputs()
     noise, logdet = run(flow, z, LENGTHS, source)
     assert not torch.allclose(noise, run(flow, z, LENGTHS, source + 1)[0])
     (noise.square().sum() - logdet.sum()).backward()
@@ -112,8 +130,9 @@ def test_the_source_matters_and_every_parameter_has_a_gradient() -> None:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-def test_gradients_in_float64() -> None:
-    flow, (z, source) = make_flow(steps=(1, 1)), make_inputs()
+@every_network
+def test_gradients_in_float64(network: str) -> None:
+    flow, (z, source) = make_flow(steps=(1, 1), network=network), make_inputs()
 
     inputs = z[1:, :4].requires_grad_(), source[1:, :3].requires_grad_()
     short = torch.tensor([3])
@@ -124,8 +143,9 @@ def test_gradients_in_float64() -> None:
     )
 
 
-def test_initialisation_gives_live_steps_mean_0_and_variance_1() -> None:
-    flow, (z, source) = make_flow(), make_inputs()
+@every_network
+def test_initialisation_gives_live_steps_mean_0_and_variance_1(network: str) -> None:
+    flow, (z, source) = make_flow(network=network), make_inputs()
     torch.manual_seed(3)
     lengths = torch.tensor([8, 4] * 32)
     z = 3 + 2 * torch.randn(64, 8, DIM).double()
@@ -168,6 +188,36 @@ def test_the_shape_of_the_published_flow() -> None:
     assert len(matrices) == 20 and matrices[0].weight.shape == (32, 32)
 
 
+def test_a_recurrent_coupling_by_hand() -> None:
+    """The second half by what an LSTM and attention make of the first, section 3.2."""
+    flow = make_flow(network="rnn", steps=(1,), position_attention=False)
+    z, source = make_inputs()
+    one = next(m for m in flow.modules() if isinstance(m, Coupling))
+    seen: list[tuple] = []
+    one.register_forward_hook(lambda *call: seen.append(call[1:]))
+    keys_values = flow.project(source)
+    flow(z, LENGTHS, keys_values, SOURCE_LENGTHS)
+    (x, _), (found, logdet) = seen[0]
+    shown = torch.arange(5) < SOURCE_LENGTHS[:, None, None]
+    k, v = (part[:, 0] for part in keys_values[one.number])
+    h = one.net.lstm(x[..., :8], LENGTHS)
+    weights = (h @ k.transpose(1, 2)).masked_fill(~shown, -math.inf).softmax(-1)
+    net = one.net.output(torch.cat([h, weights @ v], -1))
+    scale = (net[..., 8:] + 2).sigmoid()
+    here = live(LENGTHS, 8)
+    torch.testing.assert_close(found[here][:, 8:], (scale * x[..., 8:] + net[..., :8])[here])
+    torch.testing.assert_close(found[..., :8], x[..., :8])
+    total = (scale.log() * here[..., None]).sum((1, 2))
+    torch.testing.assert_close(logdet, total)
+
+
+def test_the_positional_unit_attends_in_any_flow() -> None:
+    flow = make_flow(network="rnn")
+    for level in flow.levels:
+        nets = [hasattr(m.net, "lstm") for m in level if isinstance(m, Coupling)]
+        assert nets[:2] == [False, False] and len(nets) > 2 and all(nets[2:])
+
+
 def test_weight_norm_fits_its_outputs() -> None:
     torch.manual_seed(0)
     linear, x = WeightNormLinear(6, 4), 5 + 3 * torch.randn(500, 6)
@@ -182,6 +232,8 @@ def test_weight_norm_fits_its_outputs() -> None:
     [
         ({"steps": ()}, "`steps` must be positive"),
         ({"heads": 3}, "multiple of `heads`"),
+        ({"network": "cnn"}, "`network` must be one of attention, rnn, got 'cnn'"),
+        ({"network": "rnn", "hidden": 7}, "`hidden` must be even"),
     ],
 )
 def test_settings_that_cannot_be(change: dict, message: str) -> None:

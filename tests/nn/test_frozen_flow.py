@@ -106,6 +106,11 @@ def test_sampling_undoes_encoding() -> None:
     torch.testing.assert_close(negative, -logdet, rtol=1e-4, atol=1e-3)
 
 
+def test_recurrent_networks_have_no_packed_form() -> None:
+    with pytest.raises(ValueError, match='`network` "attention", got "rnn"'):
+        FrozenFlow(make_flow(network="rnn"), torch.float32)
+
+
 def test_no_sentences_and_wrong_widths() -> None:
     flow = FrozenFlow(make_flow(), torch.float32)
     nothing = torch.zeros(0, dtype=torch.long)

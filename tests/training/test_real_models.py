@@ -29,12 +29,17 @@ FLOWSEQ = {
 }
 
 
+RECURRENT = {"network": "rnn", "flow_network": "rnn", "positions": "none", "latent_dropout": 0.2}
+
+
 def make(name):
     torch.manual_seed(0)
-    return build({"model": name, **SIZES, **(FLOWSEQ if name == "flowseq" else {})})
+    model, _, variant = name.partition("-")
+    fields = FLOWSEQ if model == "flowseq" else {}
+    return build({"model": model, **SIZES, **fields, **(RECURRENT if variant else {})})
 
 
-@pytest.mark.parametrize("name", ["autoregressive", "cmlm", "nat", "flowseq"])
+@pytest.mark.parametrize("name", ["autoregressive", "cmlm", "nat", "flowseq", "flowseq-rnn"])
 def test_a_resumed_run_is_the_uninterrupted_one_and_loads(data, tmp_path, name):
     train(make(name), data, tmp_path / "whole", make_config(max_updates=5))
     for end in (2, 5):
