@@ -115,6 +115,7 @@ class TranslationModel(nn.Module):
     strategies: tuple[str, ...]  # names in pynar.decoding, the usual one first
     decoding_defaults: ClassVar[dict[str, Any]] = {}
     frozen: str = ""  # as what, if it is
+    packed_modules: ClassVar[tuple[str, ...]] = ("encoder", "decoder")  # in a frozen model
     packed_vocabulary: PackedWeight | None = None
     graphs: Any = None  # of a frozen model on CUDA: pynar.decoding.graphs.Graphs
     exclusion: Tensor  # [V], -inf for banned symbols
@@ -255,20 +256,29 @@ class TranslationModel(nn.Module):
                 f"freeze: `dtype` on {device} must be one of {', '.join(known)}, got {dtype!r}"
             )
         if device != "cpu":
-            frozen = copy.deepcopy(self).requires_grad_(False).eval()
-            exclusion = frozen.exclusion
-            frozen.to({"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
-            frozen.exclusion = exclusion
+            types = {**DTYPES, "fp16": torch.float16}
+            frozen = self._converted(types[dtype])
             frozen.frozen = dtype
             return frozen
         frozen = copy.copy(self)
-        frozen._modules = dict(self._modules)
-        frozen.eval()
+        # At once, so that what is tied stays tied.
+        frozen._modules = copy.deepcopy(
+            {name: own for name, own in self._modules.items() if name not in self.packed_modules}
+        )
+        frozen.requires_grad_(False).eval()
         packed = DTYPES[dtype]
         frozen.encoder = freeze_network(self.encoder, packed)
         frozen.decoder = freeze_network(self.decoder, packed)
         frozen.packed_vocabulary = pack_linear(self.target_embedding.tokens.weight, packed)
         frozen.frozen = dtype
+        return frozen
+
+    def _converted(self, dtype: torch.dtype) -> Self:
+        """A copy for a GPU; what forbids symbols stays in fp32."""
+        frozen = copy.deepcopy(self).requires_grad_(False).eval()
+        exclusion = frozen.exclusion
+        frozen.to(dtype)
+        frozen.exclusion = exclusion
         return frozen
 
     def embed_rows(self, embedding: Embedding, rows: PackedRows) -> Tensor:

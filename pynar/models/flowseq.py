@@ -14,7 +14,7 @@ from pynar.models.base import Example, TransformerConfig, TranslationModel
 from pynar.models.cmlm import CMLMConfig
 from pynar.nn.attention import padding_mask
 from pynar.nn.embedding import sinusoids
-from pynar.nn.flows import NETWORKS, Flow, PositionAttention, WeightNormLinear
+from pynar.nn.flows import NETWORKS, ActNorm, Flow, PositionAttention, WeightNormLinear
 from pynar.nn.frozen import DTYPES, FrozenCopy
 from pynar.nn.frozen_flow import FrozenFlow
 from pynar.nn.length import LengthPredictor
@@ -165,6 +165,7 @@ class FlowSeq(TranslationModel):
     banned = (PAD, BOS, MASK)
 
     config: FlowSeqConfig
+    packed_modules = (*TranslationModel.packed_modules, "prior")
     _factors: tuple[Tensor, Tensor] | None = None  # of the matrices, where frozen on a GPU
 
     def __init__(self, config: FlowSeqConfig) -> None:
@@ -379,6 +380,7 @@ class FlowSeq(TranslationModel):
         self, z: Tensor, lengths: Tensor, memory: Memory, wanted: Tensor | None = None
     ) -> Tensor:
         """Decoder states `[B * n, T, C]` of latent variables, or `[N, C]` of those `wanted`."""
+        z = z.to(memory.states.dtype)
         if self.gather is not None:
             positions = sinusoids(z.shape[1] + 1, z.shape[2])[1:].to(z)
             z = self.gather(z, positions, padding_intervals(lengths, z.shape[1]))
@@ -396,7 +398,15 @@ class FlowSeq(TranslationModel):
             if cpu and self.config.flow_network == "attention":
                 frozen.prior = FrozenFlow(self.prior, DTYPES[dtype])
                 return frozen
-            frozen._factors = frozen.prior.factors()
+            frozen._factors = self.prior.factors()
             if cpu:
                 frozen.prior = FrozenCopy(self.prior)
+        return frozen
+
+    def _converted(self, dtype: torch.dtype) -> FlowSeq:
+        """The maps of the flow keep fp32, of which products of 120 of them need the digits."""
+        frozen = super()._converted(dtype)
+        for own, kept in zip(frozen.prior.modules(), self.prior.modules(), strict=True):
+            if isinstance(own, ActNorm):
+                own.float().load_state_dict(kept.state_dict())
         return frozen

@@ -211,10 +211,11 @@ class _AttentionNet(nn.Module):
         self.output = WeightNormLinear(dim, outputs * dim)
 
     def forward(self, x: Tensor, rows: _Rows, source: tuple[Tensor, Tensor]) -> Tensor:
+        positions = rows.positions.to(x.dtype)
         if self.positions is None:
-            x = x + rows.positions
+            x = x + positions
         else:
-            x = self.positions(x, rows.positions, rows.sees)
+            x = self.positions(x, positions, rows.sees)
         q, k, v = self.qkv(x).chunk(3, -1)
         y = _attend(q, _heads(k, self.heads), _heads(v, self.heads), rows.sees)
         x = self.norms[0](x + self.dropout(y))
@@ -295,8 +296,9 @@ class Coupling(nn.Module):
         rows = context.halves if self.split == "steps" else context.whole
         first, second = self._halves(x)
         given, changed = (first, second) if self.up else (second, first)
-        # Under autocast the network has fewer bits than the states.
-        net = self.net(given, rows, context.keys_values[self.number]).to(x.dtype)
+        # Under autocast, and frozen on a GPU, the network has fewer bits than the states.
+        given_net = given.to(self.net.output.bias.dtype)
+        net = self.net(given_net, rows, context.keys_values[self.number]).to(x.dtype)
         changed, logdet = self.transform.apply(changed, rows.lengths, net, inverse)
         return self._join(*((given, changed) if self.up else (changed, given))), logdet
 

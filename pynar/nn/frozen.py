@@ -62,7 +62,8 @@ class PackedLinear:
             weight = weight * input_norm.weight.detach().double()
             input_eps = input_norm.eps
         if isinstance(output_norm, nn.LayerNorm):
-            self.norm = output_norm.weight.detach().float(), output_norm.bias.detach().float()
+            weight_of_norm, bias_of_norm = output_norm.weight.detach(), output_norm.bias.detach()
+            self.norm = weight_of_norm.float().clone(), bias_of_norm.float().clone()
             output_eps = output_norm.eps
         self.packed = packed = pack_linear(weight.float(), dtype)
         self.bias = bias.float()
@@ -564,7 +565,7 @@ def _modules(layers: Iterable[nn.Module]) -> list[Any]:
 def _plain(norm: nn.Module) -> nn.Module:
     """A copy of the last normalisation without gradients."""
     if not isinstance(norm, nn.LayerNorm):
-        return nn.Identity()
+        return nn.Identity().eval()
     copy = nn.LayerNorm(norm.normalized_shape, norm.eps).requires_grad_(False)
     copy.load_state_dict({k: v.float() for k, v in norm.state_dict().items()})
-    return copy
+    return copy.eval()

@@ -133,9 +133,10 @@ class _Maps:
 
 def _is_alone(module: nn.Module) -> bool:
     """Whether it is a coupling that `packed_flow` does not know."""
-    return isinstance(module, Coupling) and (
-        module.net.positions is not None or module.transform is not TRANSFORMS["affine"]
-    )
+    if not isinstance(module, Coupling):
+        return False
+    by_position = getattr(module.net, "positions", None) is not None
+    return by_position or module.transform is not TRANSFORMS["affine"]
 
 
 def _packed(module: nn.Module, factors: Factors, dtype: torch.dtype) -> FlowMap:
@@ -160,7 +161,8 @@ class _PositionAttention:
         self.query = PackedLinear(query * scale, bias * scale, dtype)
         self.key_value = PackedLinear(module.key_value.weight, module.key_value.bias, dtype)
         norm = module.norm
-        self.norm = norm.normalized_shape, norm.weight.detach(), norm.bias.detach(), norm.eps
+        pair = norm.weight.detach().clone(), norm.bias.detach().clone()
+        self.norm = norm.normalized_shape, *pair, norm.eps
 
     def __call__(self, x: Tensor, level: _Level) -> Tensor:
         keys_values = _heads(self.key_value(x), 2 * self.heads)
@@ -172,7 +174,9 @@ class _PositionAttention:
 class _Net:
     """A coupling's network: one packed layer, and the map to shift and scale."""
 
-    def __init__(self, net: _AttentionNet, dtype: torch.dtype) -> None:
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        if not isinstance(net, _AttentionNet):
+            raise ValueError('FrozenFlow: `flow` must have `network` "attention", got "rnn"')
         self.positions = None
         if net.positions is not None:
             self.positions = _PositionAttention(net.positions, dtype)
@@ -188,7 +192,7 @@ class _Net:
             PackedLinear(net.feed_forward.inner.weight, net.feed_forward.inner.bias, dtype),
             PackedLinear(net.feed_forward.outer.weight, net.feed_forward.outer.bias, dtype),
         ]
-        norms = [parameter.detach() for parameter in net.norms.parameters()]
+        norms = [parameter.detach().clone() for parameter in net.norms.parameters()]
         self.layer = PackedLayer(
             tuple(part.packed for part in maps),
             tuple(part.bias for part in maps),
@@ -221,8 +225,6 @@ class _Coupling:
         self.up, self.number = module.up, module.number
         self.by_steps = module.split == "steps"
         self.apply = module.transform.apply
-        if not isinstance(module.net, _AttentionNet):
-            raise ValueError('FrozenFlow: `flow` must have `network` "attention", got "rnn"')
         self.net = _Net(module.net, dtype)
 
     def __call__(self, x: Tensor, context: _Context) -> Tensor:

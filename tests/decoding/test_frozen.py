@@ -64,6 +64,23 @@ def test_batch_order_and_padding_change_nothing(system: str, dtype: str) -> None
 
 
 @every_system
+def test_a_model_and_its_frozen_copy_go_their_own_ways(system: str) -> None:
+    name, changes, strategy = SYSTEMS[system]
+    model = make_model(name, **changes).train()
+    frozen = model.freeze()
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in frozen.modules())
+    source, lengths = make_source(LENGTHS)
+    before = strategy.decode(frozen, source, lengths)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    model.train()
+    assert_same(strategy.decode(frozen, source, lengths), before)
+
+
+@every_system
 def test_an_empty_batch_gives_no_hypotheses(system: str) -> None:
     source, lengths = make_source([])
     found = run(system, "fp32", source, lengths, torch.zeros(0, dtype=torch.long))

@@ -184,6 +184,25 @@ def test_autocast_comes_close_to_fp32(changes: dict) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@every_variant
+def test_converted_to_few_bits_a_sample_keeps_its_score(changes: dict) -> None:
+    """What freezing on a GPU does, on the CPU."""
+    model, batch = make_model(**changes).float(), make_batch()
+    few_bits = model._converted(torch.bfloat16)
+    few_bits._factors = model.prior.factors()
+    example = make_example(model, batch)
+    scores = []
+    for one in (model, few_bits):
+        memory = one.encode(batch.source, batch.source_lengths)
+        z, score = one.sample_prior(example.noise.float(), example.lengths, memory)
+        assert z.dtype == torch.float32
+        assert one.decode_latent(z, example.lengths, memory).isfinite().all()
+        again = one.log_prior(z, example.lengths, memory)
+        torch.testing.assert_close(again, score, rtol=1e-4, atol=1e-2)
+        scores.append(score)
+    torch.testing.assert_close(scores[1], scores[0], rtol=0.02, atol=0.5)
+
+
 def test_latent_variables_are_hidden_from_the_decoder_whole() -> None:
     model, batch = make_model(**RECURRENT), make_batch()
     example = make_example(model, batch)
