@@ -12,6 +12,7 @@ from torch import Tensor
 from pynar import reference
 from pynar.ops._checks import Check
 from pynar.ops._operator import Operator
+from pynar.ops.interval_attention import _check as check_attention
 from pynar.ops.packed_layers import PackedLayer
 from pynar.ops.packed_linear import PANEL, PackedWeight
 
@@ -349,10 +350,15 @@ def _reference(
             x = reference.flow_linear_map(x[None], lengths, *norm, product, layout, inverse)[0]
         else:
             split = SPLITS[(kind - 3) // 2]
+            own = pairs if split == "steps" else rows
+            q, k, v = (h.unflatten(1, (heads, -1)) for h in (own[0], *sources[i].chunk(2, 1)))
+            attention = Check("interval_attention")
+            check_attention(attention, q, q, q, own[1])
+            check_attention(attention, q, k, v, own[2])
             unpacked, own_biases, own_norms = _unpack(kind, dim, hidden, [c[i] for c in cut[1:]])
             x, by_row = reference.packed_coupling(
                 *(x, unpacked, own_biases, own_norms, weights.dtype, sources[i]),
-                *(pairs if split == "steps" else rows, heads, eps, split, kind % 2 == 1, inverse),
+                *(own, heads, eps, split, kind % 2 == 1, inverse),
             )
             logdet = logdet + by_row
     return x.clone() if not kinds else x, logdet

@@ -366,6 +366,23 @@ def test_a_wrong_call_says_what_is_wanted(
     assert str(error.value).startswith(f"packed_flow: {message}")
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_interval_outside_is_rejected_on_every_thread(threads: int) -> None:
+    maps = make_maps(torch.int8)
+    x, memory, rows, pairs = make_inputs(maps)
+    for place, most in ((1, sum(LENGTHS)), (2, sum(SOURCES))):
+        wrong = list(rows)
+        wrong[place] = wrong[place].clone()
+        wrong[place][7, 0, 1] = 99
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with pytest.raises(ValueError, match=rf"`intervals` must lie in \[0, {most}\], got"):
+                packed_flow(x, maps, memory, tuple(wrong), pairs)  # type: ignore[arg-type]
+        finally:
+            torch.set_num_threads(before)
+
+
 def test_wrong_maps_are_rejected() -> None:
     coupling = make_coupling(torch.int8, "features", True)
     other = replace(coupling, layer=replace(coupling.layer, heads=4))

@@ -410,6 +410,20 @@ def test_a_wrong_call_says_what_is_wanted(place: int, value: Any, message: str) 
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_interval_outside_is_rejected_on_every_thread(threads: int) -> None:
+    layer = make_layer(torch.int8, crosses=True, norm_first=False)
+    x, sees, memory = make_arguments(True)
+    memory[2][9, 0, 1] = 99
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pytest.raises(ValueError, match=r"`intervals` must lie in \[0, 17\], got"):
+            run(x, layer, sees, memory)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
