@@ -24,6 +24,9 @@ train() { $pynar train --recipe "multi30k_$1" --data "$2" --output "$3" --init-f
 train cmlm "$out/data-distilled" "$out/cmlm"
 train nat "$out/data" "$out/nat-raw"
 train nat "$out/data-distilled" "$out/nat"
+# What JANUS is compared with, on real text.
+train cmlm "$out/data" "$out/cmlm-raw"
+train janus "$out/data" "$out/janus-raw"
 
 # Candidates and prior of the length were chosen on the validation set.
 length=length_candidates=5,length_prior=0.5
@@ -32,3 +35,12 @@ $pynar evaluate --source "$corpus/test_2016_flickr.de.gz" \
   "$out/cmlm/best:iterations=1,$length" "$out/cmlm/best:iterations=4,$length" \
   "$out/cmlm/best:iterations=10,$length" "$out/nat-raw/best:iterations=1,$length" \
   "$out/nat/best:iterations=1,$length"
+
+janus=$out/janus-raw/best
+$pynar evaluate --source "$corpus/test_2016_flickr.de.gz" \
+  --reference "$corpus/test_2016_flickr.en.gz" --json "$out/janus.json" --model "$out/ar/best" \
+  "$out/cmlm-raw/best:iterations=1,$length" "$out/cmlm-raw/best:iterations=4,$length" \
+  "$out/cmlm-raw/best:iterations=10,$length" "$janus:strategy=greedy" "$janus:strategy=beam" \
+  "$janus:strategy=draft_and_verify" "$janus:strategy=mask_predict,iterations=1,$length" \
+  "$janus:strategy=mask_predict,iterations=4,$length" \
+  "$janus:strategy=mask_predict,iterations=10,$length"

@@ -80,7 +80,7 @@ class VanillaNAT(CMLM):
         sentences, width = memory.embedded.shape[:2]
         candidates = tokens.shape[0] // max(sentences, 1)
         source_lengths = _copied_lengths(memory.lengths)
-        if candidates > 1:
+        if candidates != 1:
             source_lengths = source_lengths.repeat_interleave(candidates)
         index = uniform_copy(source_lengths, lengths, tokens.shape[1])
         if sentences > 1:

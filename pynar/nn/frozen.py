@@ -526,7 +526,7 @@ class FrozenDecoder(_Frozen):
         sees = rows.causal() if lengths is None else rows.each(rows.bounds)
         candidates = x.shape[0] // max(len(memory.lengths), 1)
         sources = memory.bounds
-        if candidates > 1:
+        if candidates != 1:
             sources = sources.repeat_interleave(candidates, 0)
         layout = rows, sees, rows.each(sources)
         known["last"] = lengths, x.shape[:2], layout
