@@ -163,18 +163,18 @@ struct Network {
     const int64_t per_word = depth_per_word(format);
     const int64_t bytes = data.dtype().bits / 8;
     for (size_t i = 0; i < kMaps; ++i) {
-      const int64_t panels = div_up(maps.outputs[i], kPanel);
+      const int64_t columns = div_up(maps.outputs[i], kPanel) * kPanel;
+      const int64_t strip = strip_columns();
       const int64_t steps = div_up(maps.inputs[i], per_word);
-      const int64_t step = kPanel * per_word;
+      const int64_t step = strip * per_word;
       const bool layer = i + 1 < kMaps;
       add(layer ? weights : last_, data.data<char>() + place.data * bytes, data.dtype(),
-          {panels, steps, kPanel, per_word}, {steps * step, step, per_word, 1});
-      place.data += panels * steps * step;
+          {columns / strip, steps, strip, per_word}, {steps * step, step, per_word, 1});
+      place.data += columns * steps * per_word;
       add(layer ? biases : last_, all_biases.data<float>() + place.biases, kFloat32,
           {maps.outputs[i]}, {1});
       place.biases += maps.outputs[i];
       if (format != WeightFormat::kInt8) continue;
-      const int64_t columns = panels * kPanel;
       add(layer ? scales : last_, all_scales.data<float>() + place.sums, kFloat32, {columns}, {1});
       add(layer ? column_sums : last_, all_sums.data<int32_t>() + place.sums, kInt32, {columns},
           {1});

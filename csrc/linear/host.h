@@ -56,6 +56,11 @@ inline WeightFormat format_of(DataType dtype) {
                               : WeightFormat::kInt8;
 }
 
+// Of a packed weight's strips, for the instruction set in use.
+inline int64_t strip_columns() {
+  return isa() >= Isa::kAvx512 ? kPanel : kNarrowStrip;
+}
+
 struct PackedView {
   const uint32_t* words;
   const float* scales;
@@ -65,24 +70,28 @@ struct PackedView {
   int64_t steps;
 };
 
-// `weight` [panels, steps, kPanel, depth per word] in fp32, bf16 or int8, of so many columns.
+// `weight` [strips, steps, columns of a strip, depth per word] in fp32, bf16 or int8, of so many
+// columns.
 inline PackedView view_packed(const Check& check, const Tensor& weight,
                               const std::optional<Tensor>& scales,
                               const std::optional<Tensor>& column_sums, int64_t depth,
                               int64_t columns) {
-  check.dims("weight", weight, 4, "[panels, steps, 64, depth per word]");
+  check.dims("weight", weight, 4, "[strips, steps, columns of a strip, depth per word]");
   check.dtype("weight", weight, {kFloat32, kBFloat16, kInt8});
   check_cpu(check, "weight", weight);
   check.contiguous("weight", weight);
   const WeightFormat format = format_of(weight.dtype());
   const int64_t per_word = depth_per_word(format);
-  const int64_t panels = weight.size(0);
-  check.shape("weight", weight, {panels, div_up(depth, per_word), kPanel, per_word},
-              "panels, steps for the depth of `x`");
-  if (panels != div_up(columns, kPanel)) {
-    check.fail("weight", "have " + std::to_string(div_up(columns, kPanel)) + " panels",
-               std::to_string(panels));
+  const int64_t panels = div_up(columns, kPanel);
+  const int64_t strip = strip_columns();
+  if (weight.size(2) != strip) {
+    check.fail("weight",
+               "be packed for " + std::string(isa_name(isa())) + ", in strips of " +
+                   std::to_string(strip) + " columns",
+               std::to_string(weight.size(2)));
   }
+  check.shape("weight", weight, {panels * kPanel / strip, div_up(depth, per_word), strip, per_word},
+              "strips for all columns, steps for the depth of `x`");
   PackedView view{weight.data<uint32_t>(), nullptr, nullptr, format, panels, weight.size(1)};
   if (format == WeightFormat::kInt8) {
     if (depth > kInt8Depth) {

@@ -21,7 +21,7 @@ int64_t multiply_cached(const uint32_t* x, const uint32_t* words, int64_t repeat
       for (int part = 0; part < D::kParts; ++part) {
         decltype(D::weights(words, part)) w[kVectors];
         for (int v = 0; v < kVectors; ++v) {
-          w[v] = D::weights(words + step * kPanel + v * D::kLanes, part);
+          w[v] = D::weights(words + step * kStrip + v * D::kLanes, part);
         }
         for (int r = 0; r < kRows; ++r) {
           const typename D::Word word = D::input(word_at(x + r * kCachedSteps + step));

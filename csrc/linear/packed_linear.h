@@ -14,7 +14,7 @@ namespace pynar {
 enum class Activation : int64_t { kNone = 0, kRelu = 1, kGelu = 2 };
 
 struct PackedLinearParams {
-  const uint32_t* words;       // [panels, steps, kPanel]
+  const uint32_t* words;       // see panel.h
   const float* scales;         // [panels * kPanel], of int8
   const int32_t* column_sums;  // [panels * kPanel], of int8
   const float* bias;           // [columns] or null

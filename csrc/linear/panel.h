@@ -1,11 +1,15 @@
 // How the weight of a linear map is stored for CPU kernels, and the piece of work they share.
 //
-// A weight [columns, depth] is cut into panels of kPanel columns. A step of a panel holds one
-// 32-bit word for each of its columns: one fp32 value, two bf16 or four int8 values that follow
-// each other in depth. So a vector register takes the same step of neighbouring columns, and one
-// multiply-add with a broadcast word of the input serves them all:
+// A weight [columns, depth] is cut into panels of kPanel columns, and a panel into strips: of
+// kNarrowStrip columns, or with AVX-512 the whole panel is one. A step of a strip holds one 32-bit
+// word for each of its columns: one fp32 value, two bf16 or four int8 values that follow each other
+// in depth. So a vector register takes the same step of neighbouring columns, and one multiply-add
+// with a broadcast word of the input serves them all:
 //
-//   words[panel][step][column in panel],   missing columns and missing depth are zero.
+//   words[panel][strip][step][column in strip],   missing columns and missing depth are zero.
+//
+// A strip goes by many rows of input from the innermost cache, so it has to lie together: of lines
+// at equal distances that cache holds few.
 //
 // int8 weights have a scale for each column. Inputs are rounded to 256 steps over the range of
 // their row, and 0, since the processor multiplies unsigned by signed bytes; what the row's zero
@@ -24,6 +28,7 @@ namespace pynar {
 enum class WeightFormat : int64_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
 constexpr int64_t kPanel = 64;
+constexpr int64_t kNarrowStrip = 16;
 // Rows that share a pass over a panel: as many as the registers of AVX-512 hold sums for.
 constexpr int64_t kBlockRows = 6;
 // Rows that go past a panel one after another.

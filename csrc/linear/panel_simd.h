@@ -236,6 +236,9 @@ struct Dot {
 
 #endif
 
+// Columns of a panel whose words follow each other: see panel.h.
+constexpr int64_t kStrip = Dot<WeightFormat::kFloat32>::kLanes == 16 ? kPanel : kNarrowStrip;
+
 // The outputs of up to kChunkRows rows in one panel, before anything is done with them.
 struct Block {
   float values[kChunkRows][kPanel];
@@ -255,6 +258,7 @@ struct Steps {
   const uint32_t* x;
   int64_t stride;
   const uint32_t* words;
+  int64_t to_strip;  // from a strip to the next one
   int64_t count;
   int64_t ahead;     // so far behind `words` lies what is fetched from memory meanwhile
   const char* next;  // or the next panel, so many bytes a step, where strips go by many times
@@ -276,17 +280,20 @@ inline void accumulate(const Steps& steps) {
   }
   const uint32_t* words = steps.words;
   const uint32_t* x = steps.x;
-  for (int64_t step = 0; step < steps.count; ++step, words += kPanel, x += D::kParts) {
+  const auto place = [&](int column) {
+    return column / kStrip * steps.to_strip + column % kStrip;
+  };
+  for (int64_t step = 0; step < steps.count; ++step, words += kStrip, x += D::kParts) {
     if constexpr (kVectors * D::kLanes == 16) {
       __builtin_prefetch(steps.next + step * steps.rate, 0, 2);
     } else {
       for (int c = 0; c < kVectors * D::kLanes; c += 16) {
-        __builtin_prefetch(words + steps.ahead + c, 0, 2);
+        __builtin_prefetch(words + steps.ahead + place(c), 0, 2);
       }
     }
     for (int part = 0; part < D::kParts; ++part) {
       decltype(D::weights(words, part)) w[kVectors];
-      for (int v = 0; v < kVectors; ++v) w[v] = D::weights(words + v * D::kLanes, part);
+      for (int v = 0; v < kVectors; ++v) w[v] = D::weights(words + place(v * D::kLanes), part);
       for (int r = 0; r < kRows; ++r) {
         const typename D::Word word = D::input(word_at(x + r * steps.stride + part));
         for (int v = 0; v < kVectors; ++v) sum[r][v] = D::add(sum[r][v], word, w[v]);
@@ -329,8 +336,8 @@ template <WeightFormat kFormat>
 inline void multiply(const InputRows& input, int64_t first, int64_t rows, const Panel& panel,
                      Block& out) {
   using D = Dot<kFormat>;
-  // Where a panel is several strips of columns, one stays in the innermost cache while rows go by.
-  constexpr bool kStrips = D::kLanes < 16;
+  // Where a panel is several strips, one stays in the innermost cache while rows go by.
+  constexpr bool kStrips = kStrip < kPanel;
   const int64_t width = vectors_for(rows, D::kLanes) * D::kLanes;
   const int64_t depth = kStrips ? 256 : panel.steps;
   // A weight that is taken apart leaves registers for a row less. Blocks are of nearly equal size:
@@ -338,7 +345,8 @@ inline void multiply(const InputRows& input, int64_t first, int64_t rows, const 
   const int64_t blocks = div_up(rows, kBlockRows - (D::kParts - 1));
   Steps steps{};
   steps.stride = input.stride;
-  steps.ahead = (kStrips ? 16 : panel.steps) * kPanel;
+  steps.to_strip = panel.steps * kStrip;
+  steps.ahead = (kStrips ? 16 : panel.steps) * kStrip;
   // A step of a panel takes 256 bytes, and comes by once for each strip and block.
   steps.next = reinterpret_cast<const char*>(panel.words + panel.steps * kPanel);
   steps.rate = div_up(4 * width, blocks);
@@ -346,7 +354,7 @@ inline void multiply(const InputRows& input, int64_t first, int64_t rows, const 
     steps.count = panel.steps - begin < depth ? panel.steps - begin : depth;
     steps.from_zero = begin == 0;
     for (int64_t column = 0; column < kPanel; column += width) {
-      steps.words = panel.words + begin * kPanel + column;
+      steps.words = panel.words + column / kStrip * steps.to_strip + begin * kStrip;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t row = rows * block / blocks;
         steps.x = input.words + (first + row) * input.stride + begin * D::kParts;

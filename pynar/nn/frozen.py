@@ -85,8 +85,9 @@ class PackedLinear:
         if begin % PANEL or end % PANEL or self.norm is not None:
             raise ValueError(f"PackedLinear: outputs {begin} to {end} are not whole panels")
         part = copy.copy(self)
-        panels = slice(begin // PANEL, end // PANEL)
-        data, *sums = self.packed.data[panels], self.packed.scales, self.packed.column_sums
+        strip = self.packed.data.shape[2]
+        data = self.packed.data[begin // strip : end // strip]
+        sums = self.packed.scales, self.packed.column_sums
         scales, column_sums = (x if x is None else x[begin:end] for x in sums)
         part.packed = PackedWeight(data, scales, column_sums, end - begin, self.packed.in_features)
         part.bias = self.bias[begin:end]

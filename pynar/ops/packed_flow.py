@@ -14,7 +14,7 @@ from pynar.ops._checks import Check
 from pynar.ops._operator import Operator
 from pynar.ops.interval_attention import _check as check_attention
 from pynar.ops.packed_layers import PackedLayer
-from pynar.ops.packed_linear import PANEL, PackedWeight
+from pynar.ops.packed_linear import PANEL, PackedWeight, strip_columns
 
 __all__ = ["PackedActNorm", "PackedCoupling", "PackedFlowLinear", "packed_flow"]
 
@@ -391,9 +391,9 @@ def _unpack(
     shapes, per_word = _shapes(kind, dim, hidden), 4 // data.dtype.itemsize
     weights, first, column = [], 0, 0
     for outputs, inputs in shapes:
-        panels, steps = -(-outputs // PANEL), -(-inputs // per_word)
-        size, columns = panels * steps * PANEL * per_word, slice(column, column + panels * PANEL)
-        words = data[first : first + size].view(panels, steps, PANEL, per_word)
+        padded, steps = -(-outputs // PANEL) * PANEL, -(-inputs // per_word)
+        size, columns = padded * steps * per_word, slice(column, column + padded)
+        words = data[first : first + size].view(-1, steps, strip_columns(), per_word)
         own = (scales[columns], sums[columns]) if len(scales) else (None, None)
         weights.append(PackedWeight(words, own[0], own[1], outputs, inputs).unpack())
         first, column = first + size, columns.stop

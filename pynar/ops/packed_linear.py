@@ -15,18 +15,26 @@ from pynar.ops._operator import Operator
 __all__ = ["PackedWeight", "pack_linear", "packed_linear"]
 
 # csrc/linear/panel.h says the same to the kernels.
-PANEL = 64  # columns side by side
+PANEL = 64  # columns that are computed together
 INT8_DEPTH = 1 << 16  # up to which sums of int8 products fit 32 bits
 _PER_WORD = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
 ACTIVATIONS = ("none", "relu", "gelu")
+
+
+def strip_columns() -> int:
+    """Columns of a panel whose words follow each other, for the instruction set in use."""
+    extension = _backend.extension()
+    wide = extension is not None and extension.simd_level().startswith("avx512")
+    return PANEL if wide else 16
 
 
 @dataclass(frozen=True)
 class PackedWeight:
     """A weight `[out_features, in_features]` in the layout of the CPU kernels.
 
-    `data: [panels, steps, 64, depth per word]` in float32, bfloat16 or int8; int8 has a scale and
-    the sum of the quantised weights for each output feature, both padded to whole panels.
+    `data: [strips, steps, columns of a strip, depth per word]` in float32, bfloat16 or int8; int8
+    has a scale and the sum of the quantised weights for each output feature. All are padded to
+    whole panels of 64 columns.
     """
 
     data: Tensor
@@ -42,8 +50,7 @@ class PackedWeight:
 
     def unpack(self) -> Tensor:
         """The weight that the kernels multiply with, float32 `[out_features, in_features]`."""
-        panels, steps, _, per_word = self.data.shape
-        rows = self.data.permute(0, 2, 1, 3).reshape(panels * PANEL, steps * per_word).float()
+        rows = self.data.transpose(1, 2).flatten(2).flatten(0, 1).float()
         if self.scales is not None:
             rows = rows * self.scales[:, None]
         return rows[: self.out_features, : self.in_features]
@@ -54,8 +61,8 @@ def pack_linear(weight: Tensor, dtype: torch.dtype = torch.float32) -> PackedWei
 
     int8 weights are rounded symmetrically to [-127, 127] with one scale an output feature. Where
     the processor adds products of bytes in 16 bits (AVX2), sums of two neighbours are bounded as
-    well, see `pynar.reference.round_weight`: a weight is for the instruction set it was packed
-    under.
+    well, see `pynar.reference.round_weight`. A weight is for the instruction set it was packed
+    under, which the layout depends on, too.
 
     Raises:
         ValueError: `weight` is no matrix on the CPU, or `dtype` is another.
@@ -81,8 +88,8 @@ def pack_linear(weight: Tensor, dtype: torch.dtype = torch.float32) -> PackedWei
     padded = padded.to(dtype)
     if dtype == torch.int8:
         column_sums = padded.sum(1, dtype=torch.int32)
-    panels = padded.view(-1, PANEL, padded.shape[1] // per_word, per_word)
-    data = panels.permute(0, 2, 1, 3).contiguous()
+    strips = padded.view(-1, strip_columns(), padded.shape[1] // per_word, per_word)
+    data = strips.transpose(1, 2).contiguous()
     return PackedWeight(data, scales, column_sums, rows, depth)
 
 
@@ -136,9 +143,9 @@ def packed_linear(
     if torch.is_grad_enabled():
         x, bias, residual = x.detach(), _detached(bias), _detached(residual)
         norm_weight, norm_bias = _detached(norm_weight), _detached(norm_bias)
-    elif type(x) is Tensor and not torch.compiler.is_compiling():
+    elif not torch.compiler.is_compiling():
         # Past the dispatcher, which takes longer than a small layer of one row does.
-        operator = _OPERATOR._direct.get(x.device.type, _OPERATOR)
+        operator = _OPERATOR.direct(x)
     return operator(
         x,
         weight.data,
@@ -175,10 +182,12 @@ def _native(
     output_eps: float,
 ) -> Tensor:
     y = x.new_empty(x.shape[0] if x.dim() == 2 else 0, out_features)
-    if x.dim() == 2 and x.stride(1) != 1:
+    # Most are contiguous, which is the quickest question.
+    if not x.is_contiguous() and x.dim() == 2 and x.stride(1) != 1:
         x = x.contiguous()
-    if residual is not None and residual.dim() == 2 and residual.stride(1) != 1:
-        residual = residual.contiguous()
+    if residual is not None and not residual.is_contiguous():
+        if residual.dim() == 2 and residual.stride(1) != 1:
+            residual = residual.contiguous()
     extension.packed_linear(
         x,
         data,
@@ -256,15 +265,19 @@ def check_packed(
     columns: int,
 ) -> None:
     """The checks of a packed weight that the extension makes in csrc/linear/host.h."""
-    check.dims("weight", data, 4, "[panels, steps, 64, depth per word]")
+    check.dims("weight", data, 4, "[strips, steps, columns of a strip, depth per word]")
     check.dtype("weight", data, tuple(_PER_WORD))
     check.cpu("weight", data)
     per_word = _PER_WORD[data.dtype]
-    panels = data.shape[0]
-    shape = [panels, -(-depth // per_word), PANEL, per_word]
-    check.shape("weight", data, shape, "panels, steps for the depth of `x`")
-    if -(-columns // PANEL) != panels:
-        check.fail("weight", f"have {-(-columns // PANEL)} panels", panels)
+    padded, strip = -(-columns // PANEL) * PANEL, strip_columns()
+    if data.shape[2] != strip:
+        extension = _backend.extension()
+        level = "the reference" if extension is None else extension.simd_level()
+        wanted = f"be packed for {level}, in strips of {strip} columns"
+        check.fail("weight", wanted, data.shape[2])
+    shape = [padded // strip, -(-depth // per_word), strip, per_word]
+    meaning = "strips for all columns, steps for the depth of `x`"
+    check.shape("weight", data, shape, meaning)
     if data.dtype == torch.int8:
         if depth > INT8_DEPTH:
             check.fail("x", f"have at most {INT8_DEPTH} columns with an int8 weight", depth)
@@ -274,7 +287,7 @@ def check_packed(
             ("scales", scales, torch.float32),
             ("column_sums", column_sums, torch.int32),
         ):
-            check.shape(name, tensor, [panels * PANEL], "columns, padded to panels")
+            check.shape(name, tensor, [padded], "columns, padded to panels")
             check.dtype(name, tensor, (dtype,))
             check.cpu(name, tensor)
 

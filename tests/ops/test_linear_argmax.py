@@ -461,6 +461,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 
 PACKED_WEIGHT = pack_linear(torch.ones(70, 19), torch.int8)
+STRIP = PACKED_WEIGHT.data.shape[2]
 REJECTED: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.ones(19)}, "`x` must have 2 dimensions [N, C], got shape [19]"),
     (
@@ -489,7 +490,8 @@ REJECTED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"weight": PACKED_WEIGHT.data},
-        "`weight` must have 1 panels, got 2",
+        f"`weight` must have shape [{64 // STRIP}, 5, {STRIP}, 4] (strips for all columns, steps "
+        f"for the depth of `x`), got [{128 // STRIP}, 5, {STRIP}, 4]",
     ),
 ]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pynar import _backend, reference
 from pynar.ops import PackedWeight, pack_linear, packed_linear
 from pynar.ops import packed_linear as function
-from pynar.ops.packed_linear import _OPERATOR
+from pynar.ops.packed_linear import _OPERATOR, strip_columns
 from pynar.testing import tolerance
 
 FORMATS = [torch.float32, torch.bfloat16, torch.int8]
@@ -422,15 +422,28 @@ def test_a_wrong_call_says_what_is_wanted(change: dict[str, Any], message: str) 
     assert str(error.value) == f"packed_linear: {message}"
 
 
+STRIP = strip_columns()
+STRIPS = 128 // STRIP  # of 70 columns
+
 REJECTED_BY_THE_OPERATOR = [
-    (1, torch.ones(3, 19), "`weight` must have 4 dimensions [panels, steps, 64, depth per word]"),
+    (
+        1,
+        torch.ones(3, 19),
+        "`weight` must have 4 dimensions [strips, steps, columns of a strip, depth per word]",
+    ),
     (1, torch.ones(2, 5, 64, 4).long(), "`weight` must have dtype float32 or bfloat16 or int8, "),
     (
         1,
-        torch.ones(2, 4, 64, 4, dtype=torch.int8),
-        "`weight` must have shape [2, 5, 64, 4] (panels, steps for the depth of `x`), ",
+        torch.ones(STRIPS, 4, STRIP, 4, dtype=torch.int8),
+        f"`weight` must have shape [{STRIPS}, 5, {STRIP}, 4] (strips for all columns, steps for "
+        "the depth of `x`), ",
     ),
-    (1, torch.ones(3, 5, 64, 4, dtype=torch.int8), "`weight` must have 2 panels, got 3"),
+    (
+        1,
+        torch.ones(STRIPS + 1, 5, STRIP, 4, dtype=torch.int8),
+        f"`weight` must have shape [{STRIPS}, 5, {STRIP}, 4] (strips for all columns, ",
+    ),
+    (1, torch.ones(4, 5, 32, 4, dtype=torch.int8), "`weight` must be packed for "),
     (2, None, "`scales` must be given for an int8 weight, got None"),
     (2, torch.ones(70), "`scales` must have shape [128] (columns, padded to panels), got [70]"),
     (3, torch.ones(128), "`column_sums` must have dtype int32, got float32"),
@@ -454,7 +467,8 @@ def test_a_depth_that_int8_cannot_sum_up_is_rejected() -> None:
     depth = (1 << 16) + 1
     with pytest.raises(ValueError, match="pack_linear: `weight` must have at most 65536 columns"):
         pack_linear(torch.ones(1, depth), torch.int8)
-    data = torch.ones(1, depth // 4 + 1, 64, 4, dtype=torch.int8)
+    strip = strip_columns()
+    data = torch.ones(64 // strip, depth // 4 + 1, strip, 4, dtype=torch.int8)
     scales, sums = torch.ones(64), torch.ones(64, dtype=torch.int32)
     with pytest.raises(ValueError, match="`x` must have at most 65536 columns with an int8"):
         _OPERATOR.call(
@@ -492,7 +506,8 @@ def bounded_pairs(columns: int, depth: int) -> Tensor:
 def test_int8_sums_are_exact_at_the_bound_of_pairs(rows: int, depth: int, columns: int) -> None:
     whole = bounded_pairs(columns, depth)
     assert whole.unflatten(1, (-1, 2)).sum(2).abs().max() == 128
-    data = whole.view(-1, 64, depth // 4, 4).permute(0, 2, 1, 3).to(torch.int8).contiguous()
+    strips = whole.view(-1, strip_columns(), depth // 4, 4)
+    data = strips.transpose(1, 2).to(torch.int8).contiguous()
     sums = whole.sum(1, dtype=torch.int32)
     weight = PackedWeight(data, torch.ones(columns), sums, columns, depth)
     # Rows of 255 everywhere, and of 0 to 255: both are their own rounded values. One has a zero
