@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ from pynar.data.batching import Batch
 from pynar.models.base import Example, TransformerConfig
 from pynar.models.cmlm import CMLM, CMLMConfig
 from pynar.nn.attention import padding_mask
+from pynar.nn.frozen import KEPT, SMALL
 from pynar.nn.packed import PackedRows
 from pynar.nn.transformer import Memory
 
@@ -46,6 +48,28 @@ def uniform_copy(source_lengths: Tensor, target_lengths: Tensor, width: int) -> 
     return index.clamp(max=last_source)
 
 
+def _copied_places(source: Tensor, target: Tensor, span: int, width: int) -> Tensor:
+    """Where candidates find what they copy among `[B * span]` positions, `[B * n, width]`."""
+    sentences, candidates = len(source), len(target) // max(len(source), 1)
+    source_lengths = _copied_lengths(source)
+    if candidates != 1:
+        source_lengths = source_lengths.repeat_interleave(candidates)
+    index = uniform_copy(source_lengths, target, width)
+    if sentences > 1:
+        first = torch.arange(0, sentences * span, span, device=index.device)
+        index = index + first.repeat_interleave(candidates)[:, None]
+    return index
+
+
+@functools.lru_cache(KEPT)
+@torch.inference_mode(False)  # what is kept may be used outside of it
+def _known_places(
+    source: tuple[int, ...], target: tuple[int, ...], span: int, width: int
+) -> Tensor:
+    lengths = (torch.tensor(part, dtype=torch.int64) for part in (source, target))
+    return _copied_places(*lengths, span, width)
+
+
 def _copied_lengths(source_lengths: Tensor) -> Tensor:
     """The source's EOS has no counterpart in a target without one."""
     return (source_lengths - 1).clamp(min=1)
@@ -77,15 +101,12 @@ class VanillaNAT(CMLM):
     ) -> Tensor:
         if self.config.decoder_input == "mask":
             return super().decode(tokens, lengths, memory, wanted)
-        sentences, width = memory.embedded.shape[:2]
-        candidates = tokens.shape[0] // max(sentences, 1)
-        source_lengths = _copied_lengths(memory.lengths)
-        if candidates != 1:
-            source_lengths = source_lengths.repeat_interleave(candidates)
-        index = uniform_copy(source_lengths, lengths, tokens.shape[1])
-        if sentences > 1:
-            first = torch.arange(0, sentences * width, width, device=tokens.device)
-            index = index + first.repeat_interleave(candidates)[:, None]
-        copied = F.embedding(index, memory.embedded.flatten(0, 1))
+        widths = memory.embedded.shape[1], tokens.shape[1]
+        if tokens.is_cpu and tokens.numel() <= SMALL:
+            of_source, of_target = memory.lengths.tolist(), lengths.tolist()
+            places = _known_places(tuple(of_source), tuple(of_target), *widths)
+        else:
+            places = _copied_places(memory.lengths, lengths, *widths)
+        copied = F.embedding(places, memory.embedded.flatten(0, 1))
         x = self.target_embedding.norm(copied + self.target_embedding.positions(0, tokens.shape[1]))
         return self.decoder(self.dropout(x), memory, lengths, wanted)

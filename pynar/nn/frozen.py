@@ -9,6 +9,7 @@ The modules take the places of `Encoder` and `Decoder` in a model, which does no
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -96,7 +97,12 @@ class PackedLinear:
         return part
 
 
-@dataclass(frozen=True)
+# Layouts of small batches are kept, so that one with lengths that came before pays a look-up.
+KEPT = 1024
+SMALL = 1024  # padded positions
+
+
+@dataclass(frozen=True, eq=False)
 class Rows:
     """The live positions of a padded batch `[B, T]`, one after the other."""
 
@@ -109,15 +115,8 @@ class Rows:
 
     @staticmethod
     def of(lengths: Tensor, width: int) -> Rows:
-        # In Python, since between the kernels' weights every operator's code comes from memory.
-        ends = list(itertools.accumulate(lengths.tolist()))
-        batch = len(ends)
-        bounds = torch.tensor([*zip([0, *ends], ends, strict=False)], dtype=torch.int32)
-        places = None
-        if batch and ends[-1] < batch * width:
-            live = torch.arange(width) < lengths[:, None]
-            places = live.flatten().nonzero()[:, 0]
-        return Rows(batch, width, ends, bounds.view(batch, 2), lengths, places)
+        kept = len(lengths) * width <= SMALL
+        return (_rows if kept else _rows.__wrapped__)(tuple(lengths.tolist()), width)
 
     @property
     def count(self) -> int:
@@ -136,6 +135,11 @@ class Rows:
             rows = padded
         return rows.view(self.batch, self.width, rows.shape[1])
 
+    @functools.cached_property
+    def own(self) -> Tensor:
+        """Intervals `[N, 1, 2]` with which a row sees all of its sentence."""
+        return self.each(self.bounds)
+
     def each(self, bounds: Tensor) -> Tensor:
         """Intervals `[N, 1, 2]` of the rows from `bounds: [B, 2]` of their sentences."""
         if self.places is None:
@@ -147,7 +151,7 @@ class Rows:
     def causal(self) -> Tensor:
         """Intervals `[N, 1, 2]` with which a row sees itself and what is before it."""
         rows = torch.arange(self.count, dtype=torch.int32)
-        return torch.stack([self.each(self.bounds)[:, 0, 0], rows + 1], 1)[:, None]
+        return torch.stack([self.own[:, 0, 0], rows + 1], 1)[:, None]
 
     def groups(self) -> list[tuple[int, int]]:
         """Ranges of rows, whole sentences, of at most `GROUP` rows where possible."""
@@ -165,6 +169,32 @@ class Rows:
         flat = wanted.flatten()
         rows = (flat if self.places is None else flat[self.places]).nonzero()[:, 0]
         return rows if len(rows) < self.count else None
+
+
+@functools.lru_cache(KEPT)
+@torch.inference_mode(False)  # what is kept may be used outside of it
+def _rows(lengths: tuple[int, ...], width: int) -> Rows:
+    # In Python, since between the kernels' weights every operator's code comes from memory.
+    ends = list(itertools.accumulate(lengths))
+    batch = len(ends)
+    bounds = torch.tensor([*zip([0, *ends], ends, strict=False)], dtype=torch.int32)
+    on_device = torch.tensor(lengths, dtype=torch.int64)
+    places = None
+    if batch and ends[-1] < batch * width:
+        live = torch.arange(width) < on_device[:, None]
+        places = live.flatten().nonzero()[:, 0]
+    return Rows(batch, width, ends, bounds.view(batch, 2), on_device, places)
+
+
+@functools.lru_cache(KEPT)
+@torch.inference_mode(False)
+def _reads(rows: Rows, source: Rows, candidates: int) -> Tensor:
+    """Intervals `[N, 1, 2]` of the source's rows, for `candidates` of every sentence."""
+    return rows.each(_repeated(source.bounds, candidates))
+
+
+def _repeated(bounds: Tensor, candidates: int) -> Tensor:
+    return bounds if candidates == 1 else bounds.repeat_interleave(candidates, 0)
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -337,7 +367,7 @@ class FrozenEncoder(_Frozen):
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         rows = Rows.of(lengths, x.shape[1])
-        intervals, packed = rows.each(rows.bounds), rows.pack(x)
+        intervals, packed = rows.own, rows.pack(x)
         groups = rows.groups()
         if len(groups) == 1:
             return rows.unpack(self._encode(packed, intervals))
@@ -356,6 +386,7 @@ class FrozenMemory:
     all_embedded: Tensor  # [B, S, C]
     lengths: Tensor  # [B], of the sentences still there
     bounds: Tensor  # int32 [B, 2], their rows
+    source: Rows  # of all sentences
     keys_values: list[tuple[Tensor, Tensor]]  # per layer, [N, H, D] each
     index: Tensor | None = None  # of the sentences still there
     layouts: dict[Any, Any] | None = None
@@ -461,7 +492,7 @@ class FrozenDecoder(_Frozen):
         shape = len(projected), 2 * len(self.layers), self.heads, self.dim // self.heads
         parts = projected.view(shape).unbind(1)
         pairs = list(zip(parts[::2], parts[1::2], strict=True))
-        return FrozenMemory(states, embedded, lengths, rows.bounds, pairs, layouts={})
+        return FrozenMemory(states, embedded, lengths, rows.bounds, rows, pairs, layouts={})
 
     def forward(
         self,
@@ -524,12 +555,13 @@ class FrozenDecoder(_Frozen):
         width = x.shape[1]
         full = torch.full((x.shape[0],), width) if lengths is None else lengths
         rows = Rows.of(full, width)
-        sees = rows.causal() if lengths is None else rows.each(rows.bounds)
+        sees = rows.causal() if lengths is None else rows.own
         candidates = x.shape[0] // max(len(memory.lengths), 1)
-        sources = memory.bounds
-        if candidates != 1:
-            sources = sources.repeat_interleave(candidates, 0)
-        layout = rows, sees, rows.each(sources)
+        if memory.index is None and x.shape[0] * width <= SMALL:
+            reads = _reads(rows, memory.source, candidates)
+        else:
+            reads = rows.each(_repeated(memory.bounds, candidates))
+        layout = rows, sees, reads
         known["last"] = lengths, x.shape[:2], layout
         return layout
 

@@ -65,7 +65,7 @@ class _Level:
     def of(lengths: Tensor, width: int, source: Tensor, dim: int) -> _Level:
         rows = Rows.of(lengths, width)
         positions = rows.pack(_positions(width, dim).expand(len(lengths), -1, -1)).contiguous()
-        sees, reads = rows.each(rows.bounds), rows.each(source)
+        sees, reads = rows.own, rows.each(source)
         return _Level(positions, sees.contiguous(), reads.contiguous())
 
     def tensors(self) -> list[Tensor]:

@@ -86,6 +86,9 @@ class LengthPredictor(nn.Module):
 
     def forward(self, states: Tensor, source_lengths: Tensor) -> Tensor:
         """Log-probabilities `[B, classes]` in fp32; impossible lengths have -inf."""
+        return self._log_probs(states, source_lengths, self._lengths(source_lengths))
+
+    def _log_probs(self, states: Tensor, source_lengths: Tensor, lengths: Tensor) -> Tensor:
         live = padding_mask(source_lengths, states.shape[1])[:, 0, 0, :, None]
         pooled = states.masked_fill(~live, 0).sum(1)
         if self.pooling == "mean":
@@ -93,16 +96,17 @@ class LengthPredictor(nn.Module):
         logits = self.output(pooled.to(states.dtype)).float()
         if self.kind == "logistic":
             logits = logistic_mixture(logits, self.classes)
-        lengths = self._lengths(source_lengths)
-        impossible = (lengths < 1) | (lengths % self.multiple != 0)
+        impossible = lengths < 1
+        if self.multiple > 1:
+            impossible |= lengths % self.multiple != 0
         if self.longest is not None:
             impossible |= lengths > self.longest
         return logits.masked_fill(impossible, -torch.inf).log_softmax(-1)
 
     def loss(self, states: Tensor, source_lengths: Tensor, target_lengths: Tensor) -> Tensor:
         """Sum over sentences of the negative log-probability of the true length."""
-        log_probs = self(states, source_lengths)
         lengths = self._lengths(source_lengths)
+        log_probs = self._log_probs(states, source_lengths, lengths)
         first, last = lengths[:, 0], lengths[:, -1]
         nearest = target_lengths.clamp(min=1, max=self.longest).clamp(first, last)
         if self.multiple > 1:
@@ -124,8 +128,8 @@ class LengthPredictor(nn.Module):
         repeat the best length. Where even the shortest class is above the limit, the limit takes
         its place.
         """
-        log_probs = self(states, source_lengths)
         lengths = self._lengths(source_lengths)
+        log_probs = self._log_probs(states, source_lengths, lengths)
         if limits is not None:
             above = lengths > torch.maximum(limits, lengths[:, 0])[:, None]
             log_probs = log_probs.masked_fill(above, -torch.inf)
