@@ -11,6 +11,7 @@ from pynar.decoding.autoregressive import length_limits
 from pynar.decoding.graphs import MOST_POSITIONS, graphs_of, row_bucket, width_bucket
 from pynar.decoding.hypotheses import Hypotheses
 from pynar.models.cmlm import CMLM
+from pynar.nn.kept import SMALL, kept
 from pynar.nn.transformer import Memory
 from pynar.ops import mask_predict_step
 from pynar.symbols import MASK, NUM_SPECIAL, PAD
@@ -163,10 +164,12 @@ class MaskPredict:
         lengths = target_lengths.flatten()
         fixed = width is not None
         if width is None:
-            width = int(lengths.max()) if len(lengths) else 0
-        live = torch.arange(width, device=source.device) < lengths[:, None]
-        tokens = torch.full_like(live, PAD, dtype=torch.long).masked_fill_(live, MASK)
-        scores = torch.zeros(tokens.shape, device=source.device)
+            on_host = tuple(lengths.tolist())
+            width = max(on_host, default=0)
+        if not fixed and lengths.is_cpu and len(on_host) * width <= SMALL:
+            live, tokens, scores = _kept_start(on_host, width)
+        else:
+            live, tokens, scores = _start(lengths, width)
         trace = []
         passes = torch.ones_like(source_lengths)
         # To choose sentences or positions on a GPU would mean to wait for their number.
@@ -209,6 +212,18 @@ class MaskPredict:
             passes,
             [state[rows[:, 0]] for state in trace],
         )
+
+
+def _start(lengths: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which positions are there, `[B, T]`, a mask in each of them, and no scores."""
+    live = torch.arange(width, device=lengths.device) < lengths[:, None]
+    tokens = torch.full_like(live, PAD, dtype=torch.long).masked_fill_(live, MASK)
+    return live, tokens, torch.zeros(tokens.shape, device=lengths.device)
+
+
+@kept
+def _kept_start(lengths: tuple[int, ...], width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _start(torch.tensor(lengths, dtype=torch.int64), width)
 
 
 def mask_again(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +13,7 @@ from pynar.data.batching import Batch
 from pynar.models.base import Example, TransformerConfig
 from pynar.models.cmlm import CMLM, CMLMConfig
 from pynar.nn.attention import padding_mask
-from pynar.nn.frozen import KEPT, SMALL
+from pynar.nn.kept import SMALL, kept
 from pynar.nn.packed import PackedRows
 from pynar.nn.transformer import Memory
 
@@ -61,13 +60,11 @@ def _copied_places(source: Tensor, target: Tensor, span: int, width: int) -> Ten
     return index
 
 
-@functools.lru_cache(KEPT)
-@torch.inference_mode(False)  # what is kept may be used outside of it
-def _known_places(
-    source: tuple[int, ...], target: tuple[int, ...], span: int, width: int
-) -> Tensor:
-    lengths = (torch.tensor(part, dtype=torch.int64) for part in (source, target))
-    return _copied_places(*lengths, span, width)
+@kept
+def _kept_places(source: tuple[int, ...], target: tuple[int, ...], span: int, width: int) -> Tensor:
+    of_source = torch.tensor(source, dtype=torch.int64)
+    of_target = torch.tensor(target, dtype=torch.int64)
+    return _copied_places(of_source, of_target, span, width)
 
 
 def _copied_lengths(source_lengths: Tensor) -> Tensor:
@@ -104,7 +101,7 @@ class VanillaNAT(CMLM):
         widths = memory.embedded.shape[1], tokens.shape[1]
         if tokens.is_cpu and tokens.numel() <= SMALL:
             of_source, of_target = memory.lengths.tolist(), lengths.tolist()
-            places = _known_places(tuple(of_source), tuple(of_target), *widths)
+            places = _kept_places(tuple(of_source), tuple(of_target), *widths)
         else:
             places = _copied_places(memory.lengths, lengths, *widths)
         copied = F.embedding(places, memory.embedded.flatten(0, 1))

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pynar.nn.kept import SMALL, kept
 from pynar.nn.transformer import Decoder, Encoder, FeedForward, KeysValues, Memory, _Residual
 from pynar.ops import PackedLayer, interval_attention, pack_linear
 from pynar.ops._operator import OPERATORS
@@ -97,11 +98,6 @@ class PackedLinear:
         return part
 
 
-# Layouts of small batches are kept, so that one with lengths that came before pays a look-up.
-KEPT = 1024
-SMALL = 1024  # padded positions
-
-
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The live positions of a padded batch `[B, T]`, one after the other."""
@@ -115,8 +111,8 @@ class Rows:
 
     @staticmethod
     def of(lengths: Tensor, width: int) -> Rows:
-        kept = len(lengths) * width <= SMALL
-        return (_rows if kept else _rows.__wrapped__)(tuple(lengths.tolist()), width)
+        make = _kept_rows if len(lengths) * width <= SMALL else _rows
+        return make(tuple(lengths.tolist()), width)
 
     @property
     def count(self) -> int:
@@ -171,8 +167,6 @@ class Rows:
         return rows if len(rows) < self.count else None
 
 
-@functools.lru_cache(KEPT)
-@torch.inference_mode(False)  # what is kept may be used outside of it
 def _rows(lengths: tuple[int, ...], width: int) -> Rows:
     # In Python, since between the kernels' weights every operator's code comes from memory.
     ends = list(itertools.accumulate(lengths))
@@ -186,9 +180,11 @@ def _rows(lengths: tuple[int, ...], width: int) -> Rows:
     return Rows(batch, width, ends, bounds.view(batch, 2), on_device, places)
 
 
-@functools.lru_cache(KEPT)
-@torch.inference_mode(False)
-def _reads(rows: Rows, source: Rows, candidates: int) -> Tensor:
+_kept_rows = kept(_rows)
+
+
+@kept
+def _kept_reads(rows: Rows, source: Rows, candidates: int) -> Tensor:
     """Intervals `[N, 1, 2]` of the source's rows, for `candidates` of every sentence."""
     return rows.each(_repeated(source.bounds, candidates))
 
@@ -375,7 +371,8 @@ class FrozenEncoder(_Frozen):
         return rows.unpack(torch.cat(parts))
 
     def _encode(self, h: Tensor, sees: Tensor) -> Tensor:
-        return self.norm(self.stack(h, sees))
+        h = self.stack(h, sees)
+        return h if self.norm is None else self.norm(h)
 
 
 @dataclass(frozen=True)
@@ -541,7 +538,8 @@ class FrozenDecoder(_Frozen):
         chosen: Tensor | None,
         content: int | None = None,
     ) -> Tensor:
-        return self.norm(self.stack(h, sees, keys_values, reads, chosen, content))
+        h = self.stack(h, sees, keys_values, reads, chosen, content)
+        return h if self.norm is None else self.norm(h)
 
     def _layout(
         self, x: Tensor, memory: FrozenMemory, lengths: Tensor | None
@@ -558,7 +556,7 @@ class FrozenDecoder(_Frozen):
         sees = rows.causal() if lengths is None else rows.own
         candidates = x.shape[0] // max(len(memory.lengths), 1)
         if memory.index is None and x.shape[0] * width <= SMALL:
-            reads = _reads(rows, memory.source, candidates)
+            reads = _kept_reads(rows, memory.source, candidates)
         else:
             reads = rows.each(_repeated(memory.bounds, candidates))
         layout = rows, sees, reads
@@ -588,17 +586,17 @@ class FrozenDecoder(_Frozen):
             h = layer.attention.output(_attend(q, *keys_values, sees), h)
             h = layer.feed(layer.cross(h, memory.keys_values[index], reads))
         cache.position += 1
-        return self.norm(h)[:, None]
+        return (h if self.norm is None else self.norm(h))[:, None]
 
 
 def _modules(layers: Iterable[nn.Module]) -> list[Any]:
     return list(layers)
 
 
-def _plain(norm: nn.Module) -> nn.Module:
-    """A copy of the last normalisation without gradients."""
+def _plain(norm: nn.Module) -> nn.Module | None:
+    """A copy of the last normalisation without gradients, if there is one."""
     if not isinstance(norm, nn.LayerNorm):
-        return nn.Identity().eval()
+        return None
     copy = nn.LayerNorm(norm.normalized_shape, norm.eps).requires_grad_(False)
     copy.load_state_dict({k: v.float() for k, v in norm.state_dict().items()})
     return copy.eval()
