@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -208,6 +209,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     if warning := busy(environment()):
         tell(f"warning: {warning}")
 
+    # Whoever is ended from outside keeps what was measured, as with Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return benchmark(systems, plan, lines=lines, references=references, tell=tell)
 
 
