@@ -341,7 +341,8 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
     const View input(given, shape.rows, width);
     const View output(made, shape.rows, width);
     const std::optional<LayerMemory> read(LayerMemory{keys, values, own[2]});
-    const Layer layer(shape, network.layer(), input, own[1], read, nullptr,
+    const std::optional<LayerCache> no_cache;
+    const Layer layer(shape, network.layer(), input, own[1], read, no_cache, nullptr,
                       projected + turn % 2 * projected_size, layer_scratch, output);
     // A thread keeps to its rows, or pairs of rows, from map to map.
     const auto each = [&](const auto& body) {

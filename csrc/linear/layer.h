@@ -47,17 +47,26 @@ struct LayerMemory {
   const Tensor& intervals;
 };
 
+// Keys and values that rows write where they are told, and see among those of earlier calls.
+struct LayerCache {
+  float* rows;           // [size, 2 dim]
+  int64_t size;
+  const int64_t* slots;  // of each row with keys and values
+};
+
 class Layer {
  public:
-  // `chosen`: the rows whose results are wanted; null for all.
+  // `chosen`: the rows whose results are wanted; null for all. With a `cache` rows see that.
   Layer(const LayerShape& shape, const LayerTensors& tensors, const Tensor& x,
-        const Tensor& intervals, const std::optional<LayerMemory>& memory, const Tensor* chosen,
-        float* projected, float* scratch, const Tensor& y)
+        const Tensor& intervals, const std::optional<LayerMemory>& memory,
+        const std::optional<LayerCache>& cache, const Tensor* chosen, float* projected,
+        float* scratch, const Tensor& y)
       : shape_(shape),
         tensors_(tensors),
         x_(x),
         intervals_(intervals),
         memory_(memory),
+        cache_(cache),
         chosen_(chosen),
         projected_(projected),
         scratch_(scratch),
@@ -84,6 +93,7 @@ class Layer {
   const Tensor& x_;
   const Tensor& intervals_;
   const std::optional<LayerMemory>& memory_;
+  const std::optional<LayerCache>& cache_;
   const Tensor* chosen_;
   float* projected_;
   float* scratch_;

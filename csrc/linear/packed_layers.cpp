@@ -9,6 +9,9 @@
 //
 // Without weights 1 and 3 attention has no linear map behind it.
 //
+// With caches [places, capacity, 2 H, D], one a layer, those rows write their keys and values into
+// the `slots` of the cache, places * capacity rows, and self-attention is to all of these.
+//
 // y [M, C] are the `chosen` rows [M], or all N of them; layers before the last one compute all.
 #include <algorithm>
 #include <memory>
@@ -110,6 +113,11 @@ void Layer::project(int64_t first, int64_t last) const {
   const View from(x_.data<float>() + first * x_.stride(0), kFloat32, {last - first, dim},
                   {x_.stride(0), 1});
   enter(0, from, View(projected_ + first * 3 * dim, last - first, 3 * dim));
+  if (!cache_) return;
+  for (int64_t row = first; row < std::min(last, shape_.content); ++row) {
+    std::copy_n(projected_ + row * 3 * dim + dim, 2 * dim,
+                cache_->rows + cache_->slots[row] * 2 * dim);
+  }
 }
 
 void Layer::finish(int64_t first, int64_t last) const {
@@ -124,8 +132,11 @@ void Layer::finish(int64_t first, int64_t last) const {
   const auto of_heads = [&](float* data, int64_t number, int64_t stride) {
     return View(data, kFloat32, {number, heads, dim / heads}, {stride, dim / heads, 1});
   };
-  const View k = of_heads(projected_ + dim, shape_.content, 3 * dim);
-  const View v = of_heads(projected_ + 2 * dim, shape_.content, 3 * dim);
+  float* const keys = cache_ ? cache_->rows : projected_ + dim;
+  const int64_t number_of_keys = cache_ ? cache_->size : shape_.content;
+  const int64_t to_next_key = cache_ ? 2 * dim : 3 * dim;
+  const View k = of_heads(keys, number_of_keys, to_next_key);
+  const View v = of_heads(keys + dim, number_of_keys, to_next_key);
   const View states(place(0), count, dim);
   const View attended(place(1), count, dim);
   const View query(place(2), count, dim);
@@ -190,7 +201,8 @@ void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
                    const std::vector<Tensor>& biases, const std::vector<Tensor>& norms,
                    const Tensor& intervals, const std::vector<Tensor>& keys,
                    const std::vector<Tensor>& values, const std::optional<Tensor>& memory_intervals,
-                   const std::optional<Tensor>& chosen, int64_t content, int64_t layers,
+                   const std::optional<Tensor>& chosen, const std::vector<Tensor>& caches,
+                   const std::optional<Tensor>& slots, int64_t content, int64_t layers,
                    int64_t heads, int64_t activation, double eps, const Tensor& y) {
   const Check check(kName);
   check.dims("x", x, 2, "[N, C]");
@@ -256,6 +268,31 @@ void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
       check.fail("chosen", "lie in [0, " + std::to_string(rows) + ")", std::to_string(row));
     }
   }
+  int64_t cached = 0;
+  if (!caches.empty()) {
+    check_count(check, "caches", caches, number, "one for each layer, or none");
+    const int64_t places = caches[0].dim() > 0 ? caches[0].size(0) : 0;
+    const int64_t capacity = caches[0].dim() > 1 ? caches[0].size(1) : 0;
+    cached = places * capacity;
+    for (const Tensor& cache : caches) {
+      check.shape("caches", cache, {places, capacity, 2 * heads, dim / heads},
+                  "places, capacity, 2 H, D");
+      check.dtype("caches", cache, {kFloat32});
+      check_cpu(check, "caches", cache);
+      check.contiguous("caches", cache);
+      check.writable("caches", cache);
+    }
+    if (!slots) check.fail("slots", "be given with `caches`", "None");
+    check.shape("slots", *slots, {content}, "rows with keys and values");
+    check.dtype("slots", *slots, {kInt64});
+    check.device("slots", *slots, "x", x);
+    check.contiguous("slots", *slots);
+    for (int64_t i = 0; i < content; ++i) {
+      const int64_t slot = slots->data<int64_t>()[i];
+      if (slot >= 0 && slot < cached) continue;
+      check.fail("slots", "lie in [0, " + std::to_string(cached) + ")", std::to_string(slot));
+    }
+  }
   check.shape("y", y, {wanted, dim}, "wanted rows, channels of `x`");
   check.dtype("y", y, {kFloat32});
   check_cpu(check, "y", y);
@@ -282,7 +319,12 @@ void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
       const LayerTensors tensors{advance(weights, i * maps), advance(scales, i * maps),
                                  advance(column_sums, i * maps), advance(biases, i * maps),
                                  advance(norms, 2 * parts * i)};
-      const Layer layer(shape, tensors, *from, intervals, read, last && chosen ? &*chosen : nullptr,
+      std::optional<LayerCache> cache;
+      if (!caches.empty()) {
+        cache.emplace(LayerCache{caches[i].data<float>(), cached, slots->data<int64_t>()});
+      }
+      const Layer layer(shape, tensors, *from, intervals, read, cache,
+                        last && chosen ? &*chosen : nullptr,
                         projected + i % 2 * shape.projected(), projected + 2 * shape.projected(),
                         *to);
       team.each(rows, [&](int64_t begin, int64_t end) { layer.project(begin, end); });

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pynar.nn.kept import SMALL, kept
-from pynar.nn.transformer import Decoder, Encoder, FeedForward, KeysValues, Memory, _Residual
+from pynar.nn.transformer import Decoder, Encoder, KeysValues, Memory, _Residual
 from pynar.ops import PackedLayer, interval_attention, pack_linear
 from pynar.ops._operator import OPERATORS
 from pynar.ops.packed_layers import layer_tensors
@@ -204,88 +204,53 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
     return y.view(y.shape[0], y.shape[1] * y.shape[2])
 
 
-class _Feed:
-    def __init__(self, module: FeedForward, residual: _Residual, dtype: torch.dtype) -> None:
-        before, after = _norms(residual)
-        self.activation = {F.relu: "relu", F.gelu: "gelu"}[module.activation]
-        self.inner = PackedLinear(
-            module.inner.weight,
-            module.inner.bias,
-            dtype,
-            activation=self.activation,
-            input_norm=before,
-        )
-        self.outer = PackedLinear(module.outer.weight, module.outer.bias, dtype, output_norm=after)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.outer(self.inner(x), x)
-
-
-def _norms(residual: _Residual) -> tuple[nn.Module | None, nn.Module | None]:
-    """The layer normalisation before a sub-layer, and the one after it."""
-    return (residual.norm, None) if residual.norm_first else (None, residual.norm)
-
-
-class _SelfAttention:
-    def __init__(self, module: Any, residual: _Residual, dtype: torch.dtype) -> None:
-        before, after = _norms(residual)
-        self.heads, self.dim = module.heads, module.output.in_features
-        scale = torch.ones(3 * self.dim, 1)
-        scale[: self.dim] = (self.dim // self.heads) ** -0.5
-        weight, bias = module.qkv.weight.detach(), module.qkv.bias.detach()
-        self.qkv = PackedLinear(weight * scale, bias * scale[:, 0], dtype, input_norm=before)
-        self.output = PackedLinear(
-            module.output.weight, module.output.bias, dtype, output_norm=after
-        )
-
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries `[N, H, D]`, and keys and values `[N, 2 H, D]`, of rows `[N, C]`."""
-        h = _heads(self.qkv(x), 3 * self.heads)
-        return h[:, : self.heads], h[:, self.heads :]
+def _packed_layer(layer: Any, dtype: torch.dtype) -> PackedLayer:
+    """A layer of the encoder or the decoder."""
+    residual, attention, feed = layer.residual, layer.self_attention, layer.feed_forward
+    dim, heads = attention.output.in_features, attention.heads
+    scale = torch.full((dim,), (dim // heads) ** -0.5)
+    of_queries = torch.cat([scale, torch.ones(2 * dim)])
+    activation = {F.relu: "relu", F.gelu: "gelu"}[feed.activation]
+    maps = _sub_layer(attention.qkv, attention.output, residual[0], dtype, scale=of_queries)
+    if len(residual) == 3:
+        cross = layer.cross_attention
+        maps += _sub_layer(cross.query, cross.output, residual[1], dtype, scale=scale)
+    maps += _sub_layer(feed.inner, feed.outer, residual[-1], dtype, activation=activation)
+    return PackedLayer(
+        tuple(part.packed for part in maps),
+        tuple(part.bias for part in maps),
+        tuple(tensor for part in maps for tensor in part.norm or ()),
+        heads,
+        activation,
+        residual[0].norm.eps,
+    )
 
 
-class _CrossAttention:
-    def __init__(self, module: Any, residual: _Residual, dtype: torch.dtype) -> None:
-        before, after = _norms(residual)
-        self.heads, dim = module.heads, module.output.in_features
-        scale = (dim // self.heads) ** -0.5
-        weight, bias = module.query.weight.detach(), module.query.bias.detach()
-        self.query = PackedLinear(weight * scale, bias * scale, dtype, input_norm=before)
-        self.output = PackedLinear(
-            module.output.weight, module.output.bias, dtype, output_norm=after
-        )
-
-    def __call__(self, x: Tensor, keys_values: tuple[Tensor, Tensor], intervals: Tensor) -> Tensor:
-        y = _attend(_heads(self.query(x), self.heads), *keys_values, intervals)
-        return self.output(y, x)
-
-
-class _Layer:
-    """A layer of the encoder or the decoder, by its parts where a cache stands in between."""
-
-    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
-        residual = layer.residual
-        self.attention = _SelfAttention(layer.self_attention, residual[0], dtype)
-        self.feed = _Feed(layer.feed_forward, residual[-1], dtype)
-        maps = [self.attention.qkv, self.attention.output, self.feed.inner, self.feed.outer]
-        if len(residual) == 3:
-            self.cross = _CrossAttention(layer.cross_attention, residual[1], dtype)
-            maps[2:2] = self.cross.query, self.cross.output
-        self.packed = PackedLayer(
-            tuple(part.packed for part in maps),
-            tuple(part.bias for part in maps),
-            tuple(tensor for part in maps for tensor in part.norm or ()),
-            self.attention.heads,
-            self.feed.activation,
-            residual[0].norm.eps,
-        )
+def _sub_layer(
+    first: nn.Linear,
+    last: nn.Linear,
+    residual: _Residual,
+    dtype: torch.dtype,
+    *,
+    scale: Tensor | None = None,
+    activation: str = "none",
+) -> list[PackedLinear]:
+    """The linear maps that begin and end a sub-layer, with its normalisation."""
+    before, after = (residual.norm, None) if residual.norm_first else (None, residual.norm)
+    weight, bias = first.weight.detach(), first.bias.detach()
+    if scale is not None:
+        weight, bias = weight * scale[:, None], bias * scale
+    return [
+        PackedLinear(weight, bias, dtype, activation=activation, input_norm=before),
+        PackedLinear(last.weight, last.bias, dtype, output_norm=after),
+    ]
 
 
 class _Stack:
     """All layers of the encoder or the decoder in one call."""
 
-    def __init__(self, layers: Iterable[_Layer]) -> None:
-        packed = [layer.packed for layer in layers]
+    def __init__(self, layers: Iterable[Any], dtype: torch.dtype) -> None:
+        packed = [_packed_layer(layer, dtype) for layer in layers]
         self._tensors = layer_tensors(packed)
         self._rest = len(packed), *packed[0].options()
 
@@ -304,6 +269,23 @@ class _Stack:
         content = x.shape[0] if content is None else content
         return OPERATORS["packed_layers"](
             x, *self._tensors, sees, keys, values, reads, chosen, content, *self._rest
+        )
+
+    def step(
+        self,
+        x: Tensor,
+        cache: FrozenCache,
+        sees: Tensor,
+        keys_values: Sequence[tuple[Tensor, Tensor]],
+        reads: Tensor,
+        chosen: Tensor | None,
+    ) -> Tensor:
+        """The same of rows that see those of earlier steps; the first ones are written down."""
+        keys = [pair[0] for pair in keys_values]
+        values = [pair[1] for pair in keys_values]
+        caches, slots = cache.data, cache.slots
+        return OPERATORS["packed_step"](
+            x, *self._tensors, sees, keys, values, reads, chosen, caches, slots, *self._rest
         )
 
 
@@ -357,7 +339,7 @@ class FrozenEncoder(_Frozen):
 
     def __init__(self, encoder: Encoder, dtype: torch.dtype) -> None:
         super().__init__()
-        self.stack = _Stack([_Layer(layer, dtype) for layer in encoder.layers])
+        self.stack = _Stack(encoder.layers, dtype)
         self.norm = _plain(encoder.norm)
         self.training = False
 
@@ -420,30 +402,27 @@ class FrozenCache:
     def __init__(self, rows: int, layers: int, heads: int, dim: int) -> None:
         self.position = 0
         self.capacity = 16
-        self.heads = heads
-        self.places = self._all = torch.arange(rows)
+        self.places = torch.arange(rows)
         self.data = [
             torch.empty(rows, self.capacity, 2 * heads, dim // heads) for _ in range(layers)
         ]
+        self._locate()
+
+    def _locate(self) -> None:
+        start = self.places * self.capacity
+        self.slots = start + self.position  # what this step writes
+        self.sees = torch.stack([start, self.slots + 1], 1).int()[:, None]  # what it attends to
 
     def reserve(self) -> None:
         if self.position == self.capacity:
             self.capacity *= 2
             self.data = [torch.cat([part, torch.empty_like(part)], 1) for part in self.data]
+            self._locate()
 
-    def write(self, layer: int, keys_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores `[N, 2 H, D]` at this position; returns all keys and values, `[rows, H, D]`."""
-        data = self.data[layer]
-        if self.places is self._all:
-            data[:, self.position] = keys_values
-        else:
-            data[self.places, self.position] = keys_values
-        rows = data.flatten(0, 1)
-        return rows[:, : self.heads], rows[:, self.heads :]
-
-    def intervals(self) -> Tensor:
-        start = (self.places * self.capacity).int()
-        return torch.stack([start, start + self.position + 1], 1)[:, None]
+    def advance(self) -> None:
+        self.position += 1
+        self.slots += 1
+        self.sees[..., 1] += 1
 
     def select(self, index: Tensor) -> None:
         """Makes row i go on from what was row `index[i]`."""
@@ -452,7 +431,12 @@ class FrozenCache:
         taken = set(chosen)
         if len(taken) == len(chosen):
             self.places = wanted
-            return
+        else:
+            self.places = self._copied(chosen, taken)
+        self._locate()
+
+    def _copied(self, chosen: list[int], taken: set[int]) -> Tensor:
+        """The places of rows of which several may go on from one of the `chosen` places."""
         free = [place for place in range(self.data[0].shape[0]) if place not in taken]
         seen: set[int] = set()
         sources, targets = [], []
@@ -464,7 +448,7 @@ class FrozenCache:
             seen.add(place)
         for part in self.data:
             part[targets, : self.position] = part[sources, : self.position]
-        self.places = torch.tensor(chosen)
+        return torch.tensor(chosen)
 
 
 class FrozenDecoder(_Frozen):
@@ -473,8 +457,8 @@ class FrozenDecoder(_Frozen):
     def __init__(self, decoder: Decoder, dtype: torch.dtype) -> None:
         super().__init__()
         self.dim, self.heads = decoder.dim, decoder.heads
-        self.layers = [_Layer(layer, dtype) for layer in decoder.layers]
-        self.stack = _Stack(self.layers)
+        self.depth = len(decoder.layers)
+        self.stack = _Stack(decoder.layers, dtype)
         projections = [layer.cross_attention.key_value for layer in _modules(decoder.layers)]
         weights = [projection.weight.detach() for projection in projections]
         biases = [projection.bias.detach() for projection in projections]
@@ -486,7 +470,7 @@ class FrozenDecoder(_Frozen):
         """Projects the encoder's `states: [B, S, C]` for every layer at once."""
         rows = Rows.of(lengths, states.shape[1])
         projected = self.key_value(rows.pack(states))
-        shape = len(projected), 2 * len(self.layers), self.heads, self.dim // self.heads
+        shape = len(projected), 2 * self.depth, self.heads, self.dim // self.heads
         parts = projected.view(shape).unbind(1)
         pairs = list(zip(parts[::2], parts[1::2], strict=True))
         return FrozenMemory(states, embedded, lengths, rows.bounds, rows, pairs, layouts={})
@@ -564,29 +548,32 @@ class FrozenDecoder(_Frozen):
         return layout
 
     def cache(self, rows: int, like: Tensor) -> FrozenCache:
-        return FrozenCache(rows, len(self.layers), self.heads, self.dim)
+        return FrozenCache(rows, self.depth, self.heads, self.dim)
 
     def step(self, x: Tensor, memory: FrozenMemory, cache: FrozenCache) -> Tensor:
         """As `Decoder.step`, `x: [B * n, R, C]`; the last layer is of the last rows alone."""
         cache.reserve()
         rows, streams, _ = x.shape
-        h = x.flatten(0, 1)
-        candidates = rows // max(len(memory.lengths), 1)
-        last_reads = memory.bounds.repeat_interleave(candidates, 0)[:, None]
-        last_sees = cache.intervals()
-        reads, sees = last_reads, last_sees
-        if streams > 1:
-            reads, sees = (part.repeat_interleave(streams, 0) for part in (reads, sees))
-        for index, layer in enumerate(self.layers):
-            q, kv = layer.attention.project(h)
-            keys_values = cache.write(index, kv[::streams])
-            if streams > 1 and index + 1 == len(self.layers):
-                h, q = (part[streams - 1 :: streams].contiguous() for part in (h, q))
-                reads, sees = last_reads, last_sees
-            h = layer.attention.output(_attend(q, *keys_values, sees), h)
-            h = layer.feed(layer.cross(h, memory.keys_values[index], reads))
-        cache.position += 1
+        sees, reads = cache.sees, self._step_reads(memory, rows)
+        chosen = None
+        if streams > 1:  # stream after stream, as those with keys and values come first
+            sees, reads = (part.repeat(streams, 1, 1) for part in (sees, reads))
+            chosen = torch.arange((streams - 1) * rows, streams * rows)
+        h = self.stack.step(
+            x.transpose(0, 1).flatten(0, 1), cache, sees, memory.keys_values, reads, chosen
+        )
+        cache.advance()
         return (h if self.norm is None else self.norm(h))[:, None]
+
+    def _step_reads(self, memory: FrozenMemory, rows: int) -> Tensor:
+        """Intervals `[N, 1, 2]` of the source's rows, the same in every step."""
+        known = memory.layouts if memory.layouts is not None else {}
+        found = known.get("step")
+        if found is None or found[0] is not memory.bounds or len(found[1]) != rows:
+            candidates = rows // max(len(memory.lengths), 1)
+            found = memory.bounds, _repeated(memory.bounds, candidates)[:, None]
+            known["step"] = found
+        return found[1]
 
 
 def _modules(layers: Iterable[nn.Module]) -> list[Any]:

@@ -21,7 +21,7 @@ from pynar.ops.packed_flow import (
     PackedFlowLinear,
     packed_flow,
 )
-from pynar.ops.packed_layers import PackedLayer, packed_layers
+from pynar.ops.packed_layers import PackedLayer, packed_layers, packed_step
 from pynar.ops.packed_linear import PackedWeight, pack_linear, packed_linear
 from pynar.ops.squeeze import squeeze, squeeze_split, unsqueeze, unsqueeze_join
 
@@ -46,6 +46,7 @@ __all__ = [
     "packed_flow",
     "packed_layers",
     "packed_linear",
+    "packed_step",
     "padding_intervals",
     "squeeze",
     "squeeze_split",

@@ -16,7 +16,7 @@ from pynar.ops.interval_attention import _check as check_attention
 from pynar.ops.interval_attention import _readable as readable
 from pynar.ops.packed_linear import ACTIVATIONS, PackedWeight, check_packed
 
-__all__ = ["PackedLayer", "packed_layers"]
+__all__ = ["PackedLayer", "packed_layers", "packed_step"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,74 @@ def packed_layers(
     Returns:
         `[N, C]`, or `[M, C]` with `chosen`.
     """
-    check = Check("packed_layers")
+    tensors, keys, values, sees = _arguments("packed_layers", layers, memory)
+    return _OPERATOR(
+        x.detach(),
+        *tensors,
+        intervals,
+        keys,
+        values,
+        sees,
+        chosen,
+        (x.shape[0] if x.dim() else 0) if content is None else content,
+        len(layers),
+        *layers[0].options(),
+    )
+
+
+def packed_step(
+    x: Tensor,
+    layers: Sequence[PackedLayer],
+    intervals: Tensor,
+    caches: Sequence[Tensor],
+    slots: Tensor,
+    *,
+    memory: tuple[Sequence[Tensor], Sequence[Tensor], Tensor] | None = None,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """As :func:`packed_layers`, attending to keys and values of earlier calls, too.
+
+    In every layer the first rows of `x` write their keys and values into the cache, before any row
+    attends to it: a step of left-to-right decoding.
+
+    Args:
+        x: `[N, C]`, float32.
+        layers: as in `packed_layers`.
+        intervals: `[N, R, 2]`, int32, which of the cache's rows, places one after the other, a row
+            attends to.
+        caches: one a layer, `[places, capacity, 2 H, D]`, float32: keys, then values.
+        slots: `[content]`, int64, all different: the cache's rows that the first `content` rows of
+            `x` write.
+        memory: as in `packed_layers`.
+        chosen: as in `packed_layers`.
+
+    Returns:
+        `[N, C]`, or `[M, C]` with `chosen`; `caches` are written to.
+    """
+    if slots.dim() == 1 and x.dim() == 2 and len(slots) > len(x):
+        Check("packed_step").fail("slots", f"have at most {len(x)} elements", len(slots))
+    tensors, keys, values, sees = _arguments("packed_step", layers, memory)
+    return _STEP(
+        x.detach(),
+        *tensors,
+        intervals,
+        keys,
+        values,
+        sees,
+        chosen,
+        list(caches),
+        slots,
+        len(layers),
+        *layers[0].options(),
+    )
+
+
+def _arguments(
+    operator: str,
+    layers: Sequence[PackedLayer],
+    memory: tuple[Sequence[Tensor], Sequence[Tensor], Tensor] | None,
+) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor], Tensor | None]:
+    check = Check(operator)
     if not layers:
         check.fail("layers", "have at least one layer", "none")
     for layer in layers:
@@ -103,19 +170,12 @@ def packed_layers(
             of_this, of_first = getattr(layer, name), getattr(layers[0], name)
             if of_this != of_first:
                 check.fail(name, f"be the same in all layers ({of_first})", of_this)
-    tensors = [[tensor.detach() for tensor in part] for part in layer_tensors(layers)]
     keys, values, sees = memory or ((), (), None)
-    return _OPERATOR(
-        x.detach(),
-        *tensors,
-        intervals,
+    return (
+        [[tensor.detach() for tensor in part] for part in layer_tensors(layers)],
         [part.detach() for part in keys],
         [part.detach() for part in values],
         sees,
-        chosen,
-        (x.shape[0] if x.dim() else 0) if content is None else content,
-        len(layers),
-        *layers[0].options(),
     )
 
 
@@ -137,6 +197,8 @@ def _native(
     heads: int,
     activation: int,
     eps: float,
+    caches: Sequence[Tensor] = (),
+    slots: Tensor | None = None,
 ) -> Tensor:
     if x.dim() == 2 and x.stride(1) != 1:
         x = x.contiguous()
@@ -158,6 +220,8 @@ def _native(
         values,
         memory_intervals,
         chosen,
+        caches,
+        slots,
         content,
         layers,
         heads,
@@ -185,6 +249,8 @@ def _reference(
     heads: int,
     activation: int,
     eps: float,
+    caches: Sequence[Tensor] = (),
+    slots: Tensor | None = None,
 ) -> Tensor:
     check = Check("packed_layers")
     if layers < 1:
@@ -217,6 +283,8 @@ def _reference(
         outside = chosen[(chosen < 0) | (chosen >= len(x))]
         if len(outside):
             check.fail("chosen", f"lie in [0, {len(x)})", int(outside[0]))
+    if caches:
+        _check_caches(check, x, caches, slots, content, layers, heads)
     shapes = _maps(x.shape[1], len(biases[-2]), crosses, _is_bare(len(data) // layers, crosses))
     maps, parts = len(data) // layers, len(norms) // layers
     sums = _sums(scales, column_sums, len(data))
@@ -242,8 +310,25 @@ def _reference(
             heads,
             ACTIVATIONS[activation],
             eps,
+            caches[index] if caches else None,
+            slots,
         )
     return x
+
+
+# A step's arguments come in another order: all tensors first, as its schema has it.
+def _native_step(extension: Any, *arguments: Any) -> Tensor:
+    caches, slots = arguments[11:13]
+    content = slots.shape[0] if slots.dim() else 0
+    given = (*arguments[:11], content, *arguments[13:], caches, slots.contiguous())
+    return _native(extension, *given)
+
+
+def _reference_step(*arguments: Any) -> Tensor:
+    caches, slots = arguments[11:13]
+    content = slots.shape[0] if slots.dim() else 0
+    given = (*arguments[:11], content, *arguments[13:], caches, slots)
+    return _reference(*given)
 
 
 def _maps(dim: int, hidden: int, crosses: bool, bare: bool) -> list[tuple[int, int]]:
@@ -306,6 +391,35 @@ def _check_layers(
         check.shape("norms", norm, [dim], "channels of `x`")
 
 
+def _check_caches(
+    check: Check,
+    x: Tensor,
+    caches: Sequence[Tensor],
+    slots: Tensor | None,
+    content: int,
+    layers: int,
+    heads: int,
+) -> None:
+    if len(caches) != layers:
+        check.fail("caches", f"have {layers} tensors (one for each layer, or none)", len(caches))
+    places, capacity = [*caches[0].shape[:2], 0, 0][:2]
+    for cache in caches:
+        shape = [places, capacity, 2 * heads, x.shape[1] // heads]
+        check.shape("caches", cache, shape, "places, capacity, 2 H, D")
+        check.dtype("caches", cache, (torch.float32,))
+        check.cpu("caches", cache)
+        if not cache.is_contiguous():
+            check.fail("caches", "be contiguous", "a strided view")
+    if slots is None:
+        check.fail("slots", "be given with `caches`", "None")
+    check.shape("slots", slots, [content], "rows with keys and values")
+    check.dtype("slots", slots, (torch.int64,))
+    check.device("slots", slots, "x", x)
+    outside = slots[(slots < 0) | (slots >= places * capacity)]
+    if len(outside):
+        check.fail("slots", f"lie in [0, {places * capacity})", int(outside[0]))
+
+
 def _check_intervals(check: Check, name: str, intervals: Tensor, rows: int) -> None:
     check.dims(name, intervals, 3, "[N, R, 2]")
     check.shape(name, intervals, [rows, intervals.shape[1], 2], "rows of `x`, R, begin and end")
@@ -324,6 +438,17 @@ _OPERATOR = Operator(
     "int activation, float eps) -> Tensor",
     native=_native,
     reference=_reference,
+    fake=_fake,
+    cpu_only="packed weights are for CPUs",
+)
+
+_STEP = Operator(
+    "packed_step(Tensor x, Tensor[] data, Tensor[] scales, Tensor[] column_sums, "
+    "Tensor[] biases, Tensor[] norms, Tensor intervals, Tensor[] keys, Tensor[] values, "
+    "Tensor? memory_intervals, Tensor? chosen, Tensor(a!)[] caches, Tensor slots, int layers, "
+    "int heads, int activation, float eps) -> Tensor",
+    native=_native_step,
+    reference=_reference_step,
     fake=_fake,
     cpu_only="packed weights are for CPUs",
 )

@@ -28,8 +28,14 @@ def packed_layer(
     heads: int,
     activation: str,
     eps: float,
+    cache: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> Tensor:
-    """`weights` are unpacked, float32; `dtype` is what they were packed as."""
+    """`weights` are unpacked, float32; `dtype` is what they were packed as.
+
+    With a `cache: [places, capacity, 2 H, D]` keys and values go to its rows `slots`, and
+    `intervals` are of all its rows.
+    """
 
     def enter(index: int, x: Tensor, activation: str = "none") -> Tensor:
         input_eps = None if norms else eps
@@ -52,6 +58,10 @@ def packed_layer(
 
     q, k, v = enter(0, x).chunk(3, 1)
     k, v = (part[:content].unflatten(1, (heads, x.shape[1] // heads)) for part in (k, v))
+    if cache is not None:
+        rows = cache.view(-1, *cache.shape[2:])
+        rows[slots] = torch.cat([k, v], 1)
+        k, v = rows.chunk(2, 1)
     if chosen is not None:
         q, x, intervals = q[chosen], x[chosen], intervals[chosen]
     parts = 2 if memory is None else 3

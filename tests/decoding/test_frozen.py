@@ -152,13 +152,13 @@ def test_a_cache_follows_hypotheses_that_fork_and_end() -> None:
         new = torch.randn(2, rows, 4, 2, generator=generator)
         for row in range(rows):
             history[row] = [*history[row], new[:, row]]
-        intervals = cache.intervals()[:, 0]
         for layer in range(2):
-            keys, values = cache.write(layer, new[layer])
-            for row, (begin, end) in enumerate(intervals.tolist()):
+            written = cache.data[layer].flatten(0, 1)
+            written[cache.slots] = new[layer]  # as `packed_step` does
+            for row, (begin, end) in enumerate(cache.sees[:, 0].tolist()):
                 seen = torch.stack([part[layer] for part in history[row]])
-                assert torch.equal(torch.cat([keys, values], 1)[begin:end], seen)
-        cache.position += 1
+                assert torch.equal(written[begin:end], seen)
+        cache.advance()
         if step % 3 == 1:
             keep = rows - (rows > 2 and step % 12 == 10)
             index = torch.randint(rows, (keep,), generator=generator)
