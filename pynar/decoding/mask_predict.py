@@ -223,7 +223,7 @@ def _start(lengths: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @kept
 def _kept_start(lengths: tuple[int, ...], width: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _start(torch.tensor(lengths, dtype=torch.int64), width)
+    return _start(torch.tensor(lengths, dtype=torch.int64, device="cpu"), width)
 
 
 def mask_again(

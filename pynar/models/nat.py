@@ -62,8 +62,8 @@ def _copied_places(source: Tensor, target: Tensor, span: int, width: int) -> Ten
 
 @kept
 def _kept_places(source: tuple[int, ...], target: tuple[int, ...], span: int, width: int) -> Tensor:
-    of_source = torch.tensor(source, dtype=torch.int64)
-    of_target = torch.tensor(target, dtype=torch.int64)
+    of_source = torch.tensor(source, dtype=torch.int64, device="cpu")
+    of_target = torch.tensor(target, dtype=torch.int64, device="cpu")
     return _copied_places(of_source, of_target, span, width)
 
 

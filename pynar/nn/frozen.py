@@ -171,13 +171,15 @@ def _rows(lengths: tuple[int, ...], width: int) -> Rows:
     # In Python, since between the kernels' weights every operator's code comes from memory.
     ends = list(itertools.accumulate(lengths))
     batch = len(ends)
-    bounds = torch.tensor([*zip([0, *ends], ends, strict=False)], dtype=torch.int32)
-    on_device = torch.tensor(lengths, dtype=torch.int64)
+    pairs = [*zip([0, *ends], ends, strict=False)]
+    # Whatever the default device is: what is kept serves later calls, too.
+    bounds = torch.tensor(pairs, dtype=torch.int32, device="cpu").view(batch, 2)
+    own_lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
     places = None
     if batch and ends[-1] < batch * width:
-        live = torch.arange(width) < on_device[:, None]
+        live = torch.arange(width, device="cpu") < own_lengths[:, None]
         places = live.flatten().nonzero()[:, 0]
-    return Rows(batch, width, ends, bounds.view(batch, 2), on_device, places)
+    return Rows(batch, width, ends, bounds, own_lengths, places)
 
 
 _kept_rows = kept(_rows)
