@@ -104,11 +104,44 @@ def _capture(function: Function, arguments: tuple[Tensor, ...]) -> Function:
     return graph.replay
 
 
-@pytest.fixture
-def run_case(benchmark: Any) -> Iterator[Callable[[Case, str, Function], None]]:
-    """Checks an implementation of a case against its reference, then times it."""
+def _in_turns(function: Function, other: Function, arguments: tuple[Tensor, ...]) -> dict[str, Any]:
+    """How many times as fast `function` is, calls taking turns: median and quartiles of pairs.
 
-    def run(case: Case, implementation: str, function: Function) -> None:
+    The speed of a shared machine drifts between one group of calls and the next by more than many
+    a difference that is asked for.
+    """
+
+    def time_of(function: Function, calls: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            function(*arguments)
+        return (time.perf_counter() - begin) / calls
+
+    calls = max(1, int(2e-3 / time_of(function, 3)))
+    ratios = []
+    end = time.perf_counter() + 2
+    while time.perf_counter() < end or len(ratios) < 20:
+        # The better of two on each side: what interrupts one of them is no part of it.
+        mine, others = time_of(function, calls), time_of(other, calls)
+        mine, others = min(mine, time_of(function, calls)), min(others, time_of(other, calls))
+        ratios.append(others / mine)
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {"ratio": median, "low": low, "high": high, "pairs": len(ratios)}
+
+
+@pytest.fixture
+def run_case(benchmark: Any) -> Iterator[Callable[..., None]]:
+    """Checks an implementation of a case against its reference, then times it.
+
+    With `turns`, a name and a function, it is compared with that call by call, too.
+    """
+
+    def run(
+        case: Case,
+        implementation: str,
+        function: Function,
+        turns: tuple[str, Function] | None = None,
+    ) -> None:
         with torch.no_grad():
             want = case.reference(*case.arguments)
             _assert_agrees(function(*case.arguments), want, case)
@@ -132,6 +165,9 @@ def run_case(benchmark: Any) -> Iterator[Callable[[Case, str, Function], None]]:
                 after = read_bandwidth(case.device, case.bytes_moved)
                 # Other work on the machine slows both; what it can do is the better of the two.
                 benchmark.extra_info["ceiling"] = max(before, after)
+                if turns is not None:
+                    found = _in_turns(function, turns[1], case.arguments)
+                    benchmark.extra_info["in_turns"] = {"with": turns[0], **found}
             if case.flops:
                 benchmark.extra_info["flop_ceiling"] = measure_flop_ceiling(case.device, case.dtype)
 

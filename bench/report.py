@@ -85,8 +85,11 @@ def main() -> None:
             ratio = f"{baseline / row['median']:.2f}" if baseline else "-"
             line = f"  {row['implementation']:24} " + " ".join(f"{time:>12}" for time in times)
             line = f"{line} {ratio:>9} {rate / 1e9:>7.1f} {gflops:>8} {reached:>10.0%}"
-            peak = row.get("peak_bytes")
-            print(line if peak is None else f"{line}  {peak / 1e6:,.0f} MB at most")
+            if (peak := row.get("peak_bytes")) is not None:
+                line += f"  {peak / 1e6:,.0f} MB at most"
+            if turns := row.get("in_turns"):
+                line += "  {ratio:.2f}x [{low:.2f}, {high:.2f}] {with}, in turns".format(**turns)
+            print(line)
     if options.save:
         options.save.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

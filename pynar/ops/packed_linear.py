@@ -19,6 +19,7 @@ PANEL = 64  # columns that are computed together
 INT8_DEPTH = 1 << 16  # up to which sums of int8 products fit 32 bits
 _PER_WORD = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 4}
 ACTIVATIONS = ("none", "relu", "gelu")
+_CHECK = Check("packed_linear")
 
 
 def strip_columns() -> int:
@@ -128,7 +129,7 @@ def packed_linear(
     Returns:
         y, `[N, out_features]`.
     """
-    check = Check("packed_linear")
+    check = _CHECK
     if not isinstance(weight, PackedWeight):
         check.fail("weight", "be a PackedWeight from pack_linear", type(weight).__name__)
     weight.check_input(check, x)
@@ -219,7 +220,7 @@ def _reference(
     input_eps: float,
     output_eps: float,
 ) -> Tensor:
-    check = Check("packed_linear")
+    check = _CHECK
     check.dims("x", x, 2, "[N, K]")
     check.dtype("x", x, (torch.float32,))
     check.cpu("x", x)
