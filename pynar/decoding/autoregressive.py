@@ -170,27 +170,35 @@ def _extend(
     """Extends one prefix a row by `choose(states, step, live rows) -> token, log_prob, lse`."""
     rows = len(limits)
     live = torch.arange(rows, device=source.device)
-    tokens = source.new_full((rows, int(limits.max()) if rows else 0), PAD)
+    on_host = limits.tolist()
+    tokens = source.new_full((rows, max(on_host, default=0)), PAD)
     lengths = torch.zeros_like(limits)
     scores = torch.zeros(rows, device=source.device)
     cache = model.decoder.cache(rows, memory.states)
-    last = source.new_full((rows,), BOS)
+    # Of the live rows: their last tokens, scores and limits.
+    last, total, most = source.new_full((rows,), BOS), scores, limits
+    nearest = min(on_host, default=0)
     for step in range(tokens.shape[1]):
         states = model.step(last, memory, cache)
-        at_limit = step + 1 >= limits[live]
         last, gained, lse = choose(states, step, live)
-        if at_limit.any():
+        if step + 1 >= nearest:
             # The last allowed token is the end of the sentence, at its own price.
+            at_limit = step + 1 >= most
             last = torch.where(at_limit, EOS, last)
             gained = torch.where(at_limit, model.log_prob(states, last, lse), gained)
-        tokens[live, step] = last
-        scores[live] += gained
-        lengths[live] = step + 1
+        total = total + gained
+        if len(live) == rows:
+            tokens[:, step] = last
+        else:
+            tokens[live, step] = last
         keep = (last != EOS).nonzero()[:, 0]
         if len(keep) < len(live):
+            # Those that go on overwrite it when they end.
+            scores[live], lengths[live] = total, step + 1
             if not len(keep):
                 break
             live, last, memory = live[keep], last[keep], memory.select(keep)
+            total, most = total[keep], most[keep]
             cache.select(keep)
     tokens = tokens.masked_fill(tokens == EOS, PAD)
     width = int(lengths.max()) - 1 if rows else 0

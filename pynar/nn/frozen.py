@@ -278,13 +278,12 @@ class _Stack:
         x: Tensor,
         cache: FrozenCache,
         sees: Tensor,
-        keys_values: Sequence[tuple[Tensor, Tensor]],
+        keys: list[Tensor],
+        values: list[Tensor],
         reads: Tensor,
         chosen: Tensor | None,
     ) -> Tensor:
         """The same of rows that see those of earlier steps; the first ones are written down."""
-        keys = [pair[0] for pair in keys_values]
-        values = [pair[1] for pair in keys_values]
         caches, slots = cache.data, cache.slots
         return OPERATORS["packed_step"](
             x, *self._tensors, sees, keys, values, reads, chosen, caches, slots, *self._rest
@@ -414,6 +413,7 @@ class FrozenCache:
         start = self.places * self.capacity
         self.slots = start + self.position  # what this step writes
         self.sees = torch.stack([start, self.slots + 1], 1).int()[:, None]  # what it attends to
+        self._ends = self.sees[:, 0, 1]
 
     def reserve(self) -> None:
         if self.position == self.capacity:
@@ -424,7 +424,7 @@ class FrozenCache:
     def advance(self) -> None:
         self.position += 1
         self.slots += 1
-        self.sees[..., 1] += 1
+        self._ends += 1
 
     def select(self, index: Tensor) -> None:
         """Makes row i go on from what was row `index[i]`."""
@@ -556,26 +556,26 @@ class FrozenDecoder(_Frozen):
         """As `Decoder.step`, `x: [B * n, R, C]`; the last layer is of the last rows alone."""
         cache.reserve()
         rows, streams, _ = x.shape
-        sees, reads = cache.sees, self._step_reads(memory, rows)
+        sees, (reads, keys, values) = cache.sees, self._source_of_steps(memory, rows)
         chosen = None
         if streams > 1:  # stream after stream, as those with keys and values come first
             sees, reads = (part.repeat(streams, 1, 1) for part in (sees, reads))
             chosen = torch.arange((streams - 1) * rows, streams * rows)
-        h = self.stack.step(
-            x.transpose(0, 1).flatten(0, 1), cache, sees, memory.keys_values, reads, chosen
-        )
+        h = x.transpose(0, 1).flatten(0, 1)
+        h = self.stack.step(h, cache, sees, keys, values, reads, chosen)
         cache.advance()
         return (h if self.norm is None else self.norm(h))[:, None]
 
-    def _step_reads(self, memory: FrozenMemory, rows: int) -> Tensor:
-        """Intervals `[N, 1, 2]` of the source's rows, the same in every step."""
+    def _source_of_steps(self, memory: FrozenMemory, rows: int) -> tuple[Any, ...]:
+        """Intervals `[N, 1, 2]` of the source's rows, its keys and values: the same every step."""
         known = memory.layouts if memory.layouts is not None else {}
         found = known.get("step")
-        if found is None or found[0] is not memory.bounds or len(found[1]) != rows:
+        if found is None or found[0] is not memory.bounds or len(found[1][0]) != rows:
             candidates = rows // max(len(memory.lengths), 1)
-            found = memory.bounds, _repeated(memory.bounds, candidates)[:, None]
-            known["step"] = found
-        return found[1]
+            reads = _repeated(memory.bounds, candidates)[:, None]
+            keys, values = ([pair[i] for pair in memory.keys_values] for i in (0, 1))
+            found = known["step"] = memory.bounds, (reads, keys, values)
+        return found[1]  # type: ignore[no-any-return]
 
 
 def _modules(layers: Iterable[nn.Module]) -> list[Any]:
