@@ -49,7 +49,7 @@ struct LayerMemory {
 
 // Keys and values that rows write where they are told, and see among those of earlier calls.
 struct LayerCache {
-  float* rows;           // [size, 2 dim]
+  float* rows;  // [size, 2 dim]
   int64_t size;
   const int64_t* slots;  // of each row with keys and values
 };

@@ -324,9 +324,8 @@ void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
         cache.emplace(LayerCache{caches[i].data<float>(), cached, slots->data<int64_t>()});
       }
       const Layer layer(shape, tensors, *from, intervals, read, cache,
-                        last && chosen ? &*chosen : nullptr,
-                        projected + i % 2 * shape.projected(), projected + 2 * shape.projected(),
-                        *to);
+                        last && chosen ? &*chosen : nullptr, projected + i % 2 * shape.projected(),
+                        projected + 2 * shape.projected(), *to);
       team.each(rows, [&](int64_t begin, int64_t end) { layer.project(begin, end); });
       team.wait();
       team.each(to->size(0), [&](int64_t begin, int64_t end) { layer.finish(begin, end); });

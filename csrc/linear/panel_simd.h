@@ -280,9 +280,7 @@ inline void accumulate(const Steps& steps) {
   }
   const uint32_t* words = steps.words;
   const uint32_t* x = steps.x;
-  const auto place = [&](int column) {
-    return column / kStrip * steps.to_strip + column % kStrip;
-  };
+  const auto place = [&](int column) { return column / kStrip * steps.to_strip + column % kStrip; };
   for (int64_t step = 0; step < steps.count; ++step, words += kStrip, x += D::kParts) {
     if constexpr (kVectors * D::kLanes == 16) {
       __builtin_prefetch(steps.next + step * steps.rate, 0, 2);
