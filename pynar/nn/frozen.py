@@ -134,7 +134,8 @@ class Rows:
     @functools.cached_property
     def own(self) -> Tensor:
         """Intervals `[N, 1, 2]` with which a row sees all of its sentence."""
-        return self.each(self.bounds)
+        with torch.inference_mode(False):  # kept as long as the rows, see pynar/nn/kept.py
+            return self.each(self.bounds)
 
     def each(self, bounds: Tensor) -> Tensor:
         """Intervals `[N, 1, 2]` of the rows from `bounds: [B, 2]` of their sentences."""

@@ -46,4 +46,6 @@ def test_the_default_device_does_not_matter_to_later_calls() -> None:
     with torch.device("meta"):
         rows = frozen.Rows.of(lengths, 4)
     assert rows.bounds.is_cpu and rows.lengths.is_cpu
+    with torch.inference_mode():
+        assert not rows.own.is_inference()
     assert rows.places is not None and rows.places.tolist() == [0, 1, 2, 4]
