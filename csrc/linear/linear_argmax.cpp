@@ -135,7 +135,7 @@ void argmax_panel(WeightFormat format, const InputRows& input, const Panel& pane
   float whole_bias[kPanel];
   const Panel whole = with_whole_bias(panel, task.width, whole_bias);
   Block block;
-  multiply_chunk(format, input, task.first, task.last - task.first, whole, block);
+  multiply_chunk(format, input, task.first, task.last - task.first, &whole, 1, &block);
   finish_block(block, task.first, task.last - task.first, task);
 }
 

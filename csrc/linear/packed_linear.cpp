@@ -135,6 +135,28 @@ Simd<float> gelu(Simd<float> z) {
   return multiply_add(minus_a, exp2<Precision::kFull>(log2_tail), positive);
 }
 
+void finish_panel(const PackedLinearParams& p, Block& block, int64_t column, int64_t width,
+                  int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    float* z = block.values[row - first];
+    if (p.activation == Activation::kRelu) {
+      // Not z > 0 ? z : 0, which would make zero of a NaN.
+      for (int64_t i = 0; i < kPanel; ++i) z[i] = z[i] < 0 ? 0.f : z[i];
+    } else if (p.activation == Activation::kGelu) {
+      for (int64_t i = 0; i < kPanel; i += Simd<float>::kLanes) {
+        gelu(Simd<float>::load(z + i)).store(z + i);
+      }
+    }
+    float* y = p.y + row * p.columns + column;
+    if (p.residual != nullptr) {
+      const float* residual = p.residual + row * p.residual_stride + column;
+      for (int64_t i = 0; i < width; ++i) y[i] = z[i] + residual[i];
+    } else {
+      for (int64_t i = 0; i < width; ++i) y[i] = z[i];
+    }
+  }
+}
+
 }  // namespace
 
 template <typename T>
@@ -168,34 +190,24 @@ template void convert_rows(WeightFormat, const InputConversion&, const BFloat16*
 template void convert_rows(WeightFormat, const InputConversion&, const Half*, int64_t, int64_t,
                            float*, uint32_t*, RowScale*);
 
-void packed_linear_panel(const PackedLinearParams& p, const InputRows& input, int64_t panel,
-                         int64_t first, int64_t last) {
-  const int64_t column = panel * kPanel;
-  const int64_t width = p.columns - column < kPanel ? p.columns - column : kPanel;
-  float whole_bias[kPanel];
-  const Panel weight =
-      with_whole_bias({p.words + column * p.steps, p.steps, advance(p.scales, column),
-                       advance(p.column_sums, column), advance(p.bias, column)},
-                      width, whole_bias);
-  Block block;
-  multiply_chunk(p.format, input, first, last - first, weight, block);
-  for (int64_t row = first; row < last; ++row) {
-    float* z = block.values[row - first];
-    if (p.activation == Activation::kRelu) {
-      // Not z > 0 ? z : 0, which would make zero of a NaN.
-      for (int64_t i = 0; i < kPanel; ++i) z[i] = z[i] < 0 ? 0.f : z[i];
-    } else if (p.activation == Activation::kGelu) {
-      for (int64_t i = 0; i < kPanel; i += Simd<float>::kLanes) {
-        gelu(Simd<float>::load(z + i)).store(z + i);
-      }
-    }
-    float* y = p.y + row * p.columns + column;
-    if (p.residual != nullptr) {
-      const float* residual = p.residual + row * p.residual_stride + column;
-      for (int64_t i = 0; i < width; ++i) y[i] = z[i] + residual[i];
-    } else {
-      for (int64_t i = 0; i < width; ++i) y[i] = z[i];
-    }
+void packed_linear_panels(const PackedLinearParams& p, const InputRows& input, int64_t panel,
+                          int64_t count, int64_t first, int64_t last) {
+  const auto width = [&](int64_t column) {
+    return p.columns - column < kPanel ? p.columns - column : kPanel;
+  };
+  float whole_bias[kPanel];  // only the last panel may be narrow
+  Panel weights[kPanelGroup];
+  Block blocks[kPanelGroup];
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t column = (panel + i) * kPanel;
+    weights[i] = with_whole_bias({p.words + column * p.steps, p.steps, advance(p.scales, column),
+                                  advance(p.column_sums, column), advance(p.bias, column)},
+                                 width(column), whole_bias);
+  }
+  multiply_chunk(p.format, input, first, last - first, weights, count, blocks);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t column = (panel + i) * kPanel;
+    finish_panel(p, blocks[i], column, width(column), first, last);
   }
 }
 
@@ -290,7 +302,7 @@ void packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
   if (rows == 0 || columns == 0) return;
 
   const auto convert = PYNAR_SELECT_DOT_KERNEL(convert_rows<float>);
-  const auto multiply = PYNAR_SELECT_DOT_KERNEL(packed_linear_panel);
+  const auto multiply = PYNAR_SELECT_DOT_KERNEL(packed_linear_panels);
   const auto normalise = PYNAR_SELECT_DOT_KERNEL(normalise_rows);
   const float* data = x.data<float>();
   const bool as_it_is = p.format == WeightFormat::kFloat32 && input_eps < 0;
@@ -300,7 +312,10 @@ void packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
       as_it_is ? InputRows{reinterpret_cast<const uint32_t*>(data), nullptr, x.stride(0)}
                : words.rows();
   const int64_t chunks = div_up(rows, kChunkRows);
-  const int64_t tasks = packed.panels * chunks;
+  // Every thread gets some groups, or single panels where there are too few.
+  const bool grouped = chunks > 1 && packed.panels * chunks >= 4 * kPanelGroup * max_threads();
+  const int64_t groups = grouped ? div_up(packed.panels, kPanelGroup) : packed.panels;
+  const int64_t tasks = groups * chunks;
   // Below some twenty microseconds a second thread comes too late.
   const int64_t work = rows * packed.panels * p.steps;
   parallel_phases(
@@ -313,11 +328,14 @@ void packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
         }
       },
       [&](const Part& part) {
-        // A thread keeps to a panel while it goes through the chunks of rows.
+        // A thread keeps to a group of panels while it goes through the chunks of rows.
         const auto [first, last] = part.of(tasks);
         for (int64_t task = first; task < last; ++task) {
           const int64_t begin = task % chunks * kChunkRows;
-          multiply(p, input, task / chunks, begin, std::min(rows, begin + kChunkRows));
+          const int64_t group = task / chunks;
+          const int64_t panel = packed.panels * group / groups;
+          multiply(p, input, panel, packed.panels * (group + 1) / groups - panel, begin,
+                   std::min(rows, begin + kChunkRows));
         }
       },
       [&](const Part& part) {

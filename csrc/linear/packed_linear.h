@@ -34,9 +34,10 @@ struct OutputNorm {
   float eps;
 };
 
-// Fills y for rows [first, last) in one panel, at most kChunkRows.
-PYNAR_DECLARE_KERNEL(void packed_linear_panel(const PackedLinearParams& p, const InputRows& input,
-                                              int64_t panel, int64_t first, int64_t last))
+// Fills y for rows [first, last), at most kChunkRows, in `count` panels, at most kPanelGroup.
+PYNAR_DECLARE_KERNEL(void packed_linear_panels(const PackedLinearParams& p, const InputRows& input,
+                                               int64_t panel, int64_t count, int64_t first,
+                                               int64_t last))
 
 // Normalises rows [first, last) of y in place.
 PYNAR_DECLARE_KERNEL(void normalise_rows(const OutputNorm& norm, float* y, int64_t columns,

@@ -33,6 +33,9 @@ constexpr int64_t kNarrowStrip = 16;
 constexpr int64_t kBlockRows = 6;
 // Rows that go past a panel one after another.
 constexpr int64_t kChunkRows = 16 * kBlockRows;
+// Panels that a chunk of rows goes past together, so that many steps of a deep input need not come
+// from the outer caches for each.
+constexpr int64_t kPanelGroup = 4;
 
 constexpr int64_t depth_per_word(WeightFormat format) {
   return format == WeightFormat::kFloat32 ? 1 : format == WeightFormat::kBFloat16 ? 2 : 4;

@@ -330,38 +330,10 @@ inline void accumulate_rows(int64_t rows, const Steps& steps) {
   }
 }
 
+// The sums of a panel's products as outputs: in place.
 template <WeightFormat kFormat>
-inline void multiply(const InputRows& input, int64_t first, int64_t rows, const Panel& panel,
-                     Block& out) {
-  using D = Dot<kFormat>;
-  // Where a panel is several strips, one stays in the innermost cache while rows go by.
-  constexpr bool kStrips = kStrip < kPanel;
-  const int64_t width = vectors_for(rows, D::kLanes) * D::kLanes;
-  const int64_t depth = kStrips ? 256 : panel.steps;
-  // A weight that is taken apart leaves registers for a row less. Blocks are of nearly equal size:
-  // so one has less than three rows only where there are no more.
-  const int64_t blocks = div_up(rows, kBlockRows - (D::kParts - 1));
-  Steps steps{};
-  steps.stride = input.stride;
-  steps.to_strip = panel.steps * kStrip;
-  steps.ahead = (kStrips ? 16 : panel.steps) * kStrip;
-  // A step of a panel takes 256 bytes, and comes by once for each strip and block.
-  steps.next = reinterpret_cast<const char*>(panel.words + panel.steps * kPanel);
-  steps.rate = div_up(4 * width, blocks);
-  for (int64_t begin = 0; begin < panel.steps; begin += depth) {
-    steps.count = panel.steps - begin < depth ? panel.steps - begin : depth;
-    steps.from_zero = begin == 0;
-    for (int64_t column = 0; column < kPanel; column += width) {
-      steps.words = panel.words + column / kStrip * steps.to_strip + begin * kStrip;
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t row = rows * block / blocks;
-        steps.x = input.words + (first + row) * input.stride + begin * D::kParts;
-        steps.sums = reinterpret_cast<uint32_t*>(out.values[row]) + column;
-        accumulate_rows<kFormat>(rows * (block + 1) / blocks - row, steps);
-        steps.next += steps.count * steps.rate;
-      }
-    }
-  }
+inline void finish_sums(const InputRows& input, int64_t first, int64_t rows, const Panel& panel,
+                        Block& out) {
   for (int64_t r = 0; r < rows; ++r) {
     float* values = out.values[r];
     if constexpr (kFormat == WeightFormat::kInt8) {
@@ -379,16 +351,62 @@ inline void multiply(const InputRows& input, int64_t first, int64_t rows, const 
   }
 }
 
-// Rows `first` to `first + rows` of the input, at most kChunkRows.
+template <WeightFormat kFormat>
+inline void multiply(const InputRows& input, int64_t first, int64_t rows, const Panel* panels,
+                     int64_t count, Block* out) {
+  using D = Dot<kFormat>;
+  // Where a panel is several strips, one stays in the innermost cache while rows go by, and so many
+  // steps of the rows in the next one while panels go by.
+  constexpr bool kStrips = kStrip < kPanel;
+  const int64_t width = vectors_for(rows, D::kLanes) * D::kLanes;
+  const int64_t all = panels->steps;
+  const int64_t depth = kStrips ? 256 : all;
+  // A weight that is taken apart leaves registers for a row less. Blocks are of nearly equal size:
+  // so one has less than three rows only where there are no more.
+  const int64_t blocks = div_up(rows, kBlockRows - (D::kParts - 1));
+  Steps steps{};
+  steps.stride = input.stride;
+  steps.to_strip = all * kStrip;
+  steps.ahead = (kStrips ? 16 : all) * kStrip;
+  // A step of a panel takes 256 bytes, and comes by once for each strip and block.
+  steps.rate = div_up(4 * width, blocks);
+  for (int64_t begin = 0; begin < all; begin += depth) {
+    steps.count = all - begin < depth ? all - begin : depth;
+    steps.from_zero = begin == 0;
+    for (int64_t i = 0; i < count; ++i) {
+      // What comes after this panel: these steps of the next one, or of the first one the next.
+      const bool last = i + 1 == count;
+      const uint32_t* after = last && begin + depth < all
+                                  ? panels->words + (begin + depth) * kStrip
+                                  : panels[i].words + all * kPanel + (last ? 0 : begin * kStrip);
+      for (int64_t column = 0; column < kPanel; column += width) {
+        const int64_t strip = column / kStrip * steps.to_strip;
+        steps.words = panels[i].words + strip + begin * kStrip;
+        steps.next = reinterpret_cast<const char*>(after + strip);
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t row = rows * block / blocks;
+          steps.x = input.words + (first + row) * input.stride + begin * D::kParts;
+          steps.sums = reinterpret_cast<uint32_t*>(out[i].values[row]) + column;
+          accumulate_rows<kFormat>(rows * (block + 1) / blocks - row, steps);
+          steps.next += steps.count * steps.rate;
+        }
+      }
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) finish_sums<kFormat>(input, first, rows, panels[i], out[i]);
+}
+
+// Rows `first` to `first + rows` of the input, at most kChunkRows, in `count` panels that follow
+// each other.
 inline void multiply_chunk(WeightFormat format, const InputRows& input, int64_t first, int64_t rows,
-                           const Panel& panel, Block& out) {
+                           const Panel* panels, int64_t count, Block* out) {
   if (format == WeightFormat::kFloat32) {
-    return multiply<WeightFormat::kFloat32>(input, first, rows, panel, out);
+    return multiply<WeightFormat::kFloat32>(input, first, rows, panels, count, out);
   }
   if (format == WeightFormat::kBFloat16) {
-    return multiply<WeightFormat::kBFloat16>(input, first, rows, panel, out);
+    return multiply<WeightFormat::kBFloat16>(input, first, rows, panels, count, out);
   }
-  return multiply<WeightFormat::kInt8>(input, first, rows, panel, out);
+  return multiply<WeightFormat::kInt8>(input, first, rows, panels, count, out);
 }
 
 }  // namespace pynar::PYNAR_ISA

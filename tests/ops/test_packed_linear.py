@@ -20,7 +20,9 @@ from pynar.testing import tolerance
 FORMATS = [torch.float32, torch.bfloat16, torch.int8]
 # (N, K, M): words that the depth does not fill, panels that the columns do not fill, and blocks of
 # rows that are complete, begun and short by one.
-SHAPES = [(1, 1, 1), (2, 3, 65), (5, 18, 64), (7, 33, 130), (13, 64, 63), (98, 37, 200)]
+# The last: panels go by in groups, and more steps than stay in a cache.
+GROUPS = (300, 1030, 520)
+SHAPES = [(1, 1, 1), (2, 3, 65), (5, 18, 64), (7, 33, 130), (13, 64, 63), (98, 37, 200), GROUPS]
 
 
 def make_weight(depth: int, columns: int) -> Tensor:
@@ -308,7 +310,7 @@ def test_rows_do_not_depend_on_batch_mates(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("extension")
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 512, 2048), (200, 64, 70)])
+@pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 512, 2048), (200, 64, 70), GROUPS])
 def test_threads_make_no_difference(
     rows: int, depth: int, columns: int, dtype: torch.dtype
 ) -> None:
