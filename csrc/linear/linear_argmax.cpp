@@ -52,7 +52,11 @@ void update(const float* values, const ArgmaxTask& task, ArgmaxSum& total,
   Vector greatest = z[0];
   for (int v = 1; v < kVectors; ++v) greatest = max(greatest, z[v]);
   const float panel_max = reduce_max(greatest);
-  if (panel_max > candidates[task.k - 1].value) {
+  if (task.k == 1 && panel_max > candidates->value) {
+    int64_t i = 0;
+    while (values[i] != panel_max) ++i;
+    *candidates = {panel_max, static_cast<int32_t>(task.column + i)};
+  } else if (panel_max > candidates[task.k - 1].value) {
     for (int64_t i = 0; i < task.width; ++i) {
       if (values[i] > candidates[task.k - 1].value) {
         insert(candidates, task.k, values[i], task.column + i);
@@ -190,7 +194,7 @@ namespace pynar {
 namespace {
 
 constexpr const char* kName = "linear_argmax";
-constexpr int64_t kSegmentPanels = 16;
+constexpr int64_t kSegmentPanels = 8;
 constexpr int64_t kSegment = kSegmentPanels * kPanel;
 
 struct Output {
@@ -291,8 +295,8 @@ void linear_argmax_cpu(const Tensor& x, const Weight& weight, const float* bias,
             task.sums[place] = {kLowest, 0.f};
             std::fill_n(task.candidates + place * size, size, ArgmaxCandidate{kLowest, 0});
           }
-          const int64_t end = std::min(panels, (segment + 1) * kSegmentPanels);
-          for (int64_t p = segment * kSegmentPanels; p < end; ++p) {
+          const int64_t end = panels * (segment + 1) / segments;
+          for (int64_t p = panels * segment / segments; p < end; ++p) {
             task.column = p * kPanel;
             task.width = std::min(kPanel, weight.columns - task.column);
             const float* panel_bias = advance(bias, task.column);

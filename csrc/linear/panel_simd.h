@@ -351,8 +351,9 @@ inline void finish_sums(const InputRows& input, int64_t first, int64_t rows, con
   }
 }
 
+// Not inlined, since its loops need all registers that there are.
 template <WeightFormat kFormat>
-inline void multiply(const InputRows& input, int64_t first, int64_t rows, const Panel* panels,
+[[gnu::noinline]] void multiply(const InputRows& input, int64_t first, int64_t rows, const Panel* panels,
                      int64_t count, Block* out) {
   using D = Dot<kFormat>;
   // Where a panel is several strips, one stays in the innermost cache while rows go by, and so many
