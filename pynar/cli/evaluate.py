@@ -13,6 +13,7 @@ from rich.table import Table
 
 import pynar
 from pynar.cli.decoding import add_freeze_argument, frozen, parse_model
+from pynar.cli.plots import plot_quality_passes
 from pynar.data import read_lines
 from pynar.decoding import LineTranslator, RescoringTranslator, Strategy, strategy
 from pynar.evaluation import compare, diversity, evaluate, machine, measure_speed
@@ -45,11 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     add_freeze_argument(parser)
     parser.add_argument("--json", help="file to write the results to")
+    parser.add_argument("--plot", help="file for a drawing of BLEU over passes, e.g. passes.png")
 
 
 def run(options: argparse.Namespace) -> None:
     if not options.hypothesis and not options.model:
         raise ValueError("give --hypothesis files, or --source and --model checkpoints")
+    if options.plot and not options.model:
+        raise ValueError("--plot draws BLEU over passes, which need --model checkpoints")
     if options.model and options.source is None:
         raise ValueError("--model needs --source, the text to translate")
     references = [read_lines(path) for path in options.reference]
@@ -88,6 +92,8 @@ def run(options: argparse.Namespace) -> None:
         )
     if options.json:
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot_quality_passes(Path(options.plot), rows, machine(options.device))
 
 
 def _models(

@@ -1,4 +1,4 @@
-"""Plots of quality against latency, and of latency against length."""
+"""Plots of quality against latency or passes, and of latency against length."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pynar.cli.quickstart import Row
 
-__all__ = ["plot_decode_quality", "plot_latency_length", "plot_quality_latency"]
+__all__ = [
+    "plot_decode_quality",
+    "plot_latency_length",
+    "plot_quality_latency",
+    "plot_quality_passes",
+]
 
 
-# Points by number of threads and label: x, y, and what to write beside them.
-Curves = dict[int, dict[str, list[tuple[Any, Any, str]]]]
+# Points by panel and label: x, y, and what to write beside them.
+Curves = dict[str, dict[str, list[tuple[Any, Any, str]]]]
 
 
 def plot_quality_latency(path: Path, rows: Sequence[Row], where: str) -> None:
@@ -66,7 +71,7 @@ def plot_decode_quality(path: Path, result: dict[str, Any]) -> Path | None:
         label = f"{row['model']}, {row['engine']}"
         name = row["system"].removeprefix(row["model"]).strip()
         point = (row["ms"]["p50"], row["quality"]["bleu"], name)
-        curves.setdefault(row["threads"], {}).setdefault(label, []).append(point)
+        curves.setdefault(_threads(row), {}).setdefault(label, []).append(point)
     labels = ("milliseconds a sentence, batch 1, text to text (median)", "BLEU")
     return _plot_panels(path, curves, labels)
 
@@ -78,9 +83,28 @@ def plot_latency_length(path: Path, result: dict[str, Any]) -> Path | None:
         if row["kind"] == "length" and row["batch"] == 1 and not row["failure"]:
             label = f"{row['system']}, {row['engine']}"
             point = (row["length"], row["ms"]["p50"], "")
-            curves.setdefault(row["threads"], {}).setdefault(label, []).append(point)
+            curves.setdefault(_threads(row), {}).setdefault(label, []).append(point)
     labels = ("sub-words, in and out", "milliseconds a sentence, batch 1, model only (median)")
     return _plot_panels(path, curves, labels)
+
+
+def plot_quality_passes(path: Path, rows: Sequence[dict[str, Any]], where: str) -> Path | None:
+    """Draws BLEU over the mean number of passes, a line a model and strategy.
+
+    `rows` are those of `pynar evaluate`; Liang et al. 2022 (JANUS), figure 4. Returns None, and
+    draws nothing, where no row has passes.
+    """
+    curves: Curves = {}
+    for row in rows:
+        if "passes" in row:
+            name, _, options = row["system"].partition("(")
+            point = (row["passes"], row["bleu"], options.partition(",")[0].rstrip(")"))
+            curves.setdefault(where, {}).setdefault(name, []).append(point)
+    return _plot_panels(path, curves, ("passes a sentence (mean)", "BLEU"))
+
+
+def _threads(row: dict[str, Any]) -> str:
+    return f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
 
 
 def _plot_panels(path: Path, curves: Curves, labels: tuple[str, str]) -> Path | None:
@@ -95,7 +119,7 @@ def _plot_panels(path: Path, curves: Curves, labels: tuple[str, str]) -> Path | 
 
     size = (7 * len(curves), 5.5)
     figure, panels = plt.subplots(1, len(curves), figsize=size, layout="constrained", squeeze=False)
-    for axes, (threads, lines) in zip(panels[0], curves.items(), strict=True):
+    for axes, (title, lines) in zip(panels[0], curves.items(), strict=True):
         for label, points in lines.items():
             sides = [[_bar(point[side]) for point in sorted(points, key=_first)] for side in (0, 1)]
             (xs, x_bars), (ys, y_bars) = (list(zip(*side, strict=True)) for side in sides)
@@ -116,7 +140,7 @@ def _plot_panels(path: Path, curves: Curves, labels: tuple[str, str]) -> Path | 
             axes.set_yscale("log")
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
-        axes.set_title(f"{threads} thread{'s' if threads > 1 else ''}", fontsize=9)
+        axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.savefig(path, dpi=130)

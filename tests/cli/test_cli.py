@@ -190,7 +190,9 @@ def test_evaluate_scores_and_times_models_beside_files(place: Path, tmp_path: Pa
         *("evaluate", "--reference", place / "test.target", "--source", place / "test.source"),
         *("--hypothesis", place / "test.target", "--model", *models),
         *("--latency-sentences", 2, "--bootstrap", 20, "--json", results, "--diversity"),
+        *("--plot", tmp_path / "passes.png"),
     )
+    assert (tmp_path / "passes.png").read_bytes().startswith(b"\x89PNG")
     written = json.loads(results.read_text())
     rows = written["rows"]
     assert 0 <= written["diversity"]["pairwise_bleu"] <= 100
@@ -253,6 +255,8 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys) -> None:
     assert "--hypothesis" in error
     error = fails(capsys, "evaluate", "--reference", text, "--hypothesis", place / "train.source")
     assert "8" in error or "300" in error
+    scored = ("evaluate", "--reference", text, "--hypothesis", text)
+    assert "--model" in fails(capsys, *scored, "--plot", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
