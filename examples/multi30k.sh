@@ -20,13 +20,21 @@ $pynar train --recipe multi30k_ar --data "$out/data" --output "$out/ar"
   --output "$out/data-distilled" --beam 5
 
 # Every student begins with the teacher's weights where names and shapes agree.
-train() { $pynar train --recipe "multi30k_$1" --data "$2" --output "$3" --init-from "$out/ar/best"; }
+train() {
+  recipe=$1 data=$2 run=$3
+  shift 3
+  $pynar train --recipe "multi30k_$recipe" --data "$data" --output "$run" \
+    --init-from "$out/ar/best" "$@"
+}
 train cmlm "$out/data-distilled" "$out/cmlm"
 train nat "$out/data" "$out/nat-raw"
 train nat "$out/data-distilled" "$out/nat"
-# What JANUS is compared with, on real text.
-train cmlm "$out/data" "$out/cmlm-raw"
+# JANUS, and what it is compared with, on real text: a CMLM, and the teacher trained on for as many
+# updates, which shows what these alone would give.
+train cmlm "$out/data" "$out/cmlm-raw" --set training.max_updates=2400
 train janus "$out/data" "$out/janus-raw"
+train ar "$out/data" "$out/ar-more" --set training.max_updates=1600 --set training.lr=1e-3 \
+  --set training.warmup_updates=200
 
 # Candidates and prior of the length were chosen on the validation set.
 length=length_candidates=5,length_prior=0.5
@@ -36,11 +44,13 @@ $pynar evaluate --source "$corpus/test_2016_flickr.de.gz" \
   "$out/cmlm/best:iterations=10,$length" "$out/nat-raw/best:iterations=1,$length" \
   "$out/nat/best:iterations=1,$length"
 
-janus=$out/janus-raw/best
+janus=$out/janus-raw/best parallel=strategy=mask_predict,$length
 $pynar evaluate --source "$corpus/test_2016_flickr.de.gz" \
-  --reference "$corpus/test_2016_flickr.en.gz" --json "$out/janus.json" --model "$out/ar/best" \
-  "$out/cmlm-raw/best:iterations=1,$length" "$out/cmlm-raw/best:iterations=4,$length" \
-  "$out/cmlm-raw/best:iterations=10,$length" "$janus:strategy=greedy" "$janus:strategy=beam" \
-  "$janus:strategy=draft_and_verify" "$janus:strategy=mask_predict,iterations=1,$length" \
-  "$janus:strategy=mask_predict,iterations=4,$length" \
-  "$janus:strategy=mask_predict,iterations=10,$length"
+  --reference "$corpus/test_2016_flickr.en.gz" --json "$out/janus.json" --plot "$out/janus.png" \
+  --model "$out/ar/best" "$out/ar-more/best" \
+  "$out/cmlm-raw/best:iterations=1,$length" "$out/cmlm-raw/best:iterations=2,$length" \
+  "$out/cmlm-raw/best:iterations=4,$length" "$out/cmlm-raw/best:iterations=10,$length" \
+  "$janus:strategy=greedy" "$janus:strategy=beam" "$janus:strategy=draft_and_verify" \
+  "$janus:strategy=draft_and_verify,iterations=2" "$janus:strategy=draft_and_verify,top_k=3" \
+  "$janus:$parallel,iterations=1" "$janus:$parallel,iterations=2" "$janus:$parallel,iterations=4" \
+  "$janus:$parallel,iterations=10" "$janus:$parallel,block=4"

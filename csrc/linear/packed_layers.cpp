@@ -28,7 +28,6 @@
 namespace pynar {
 namespace {
 
-constexpr const char* kName = "packed_layers";
 // A second thread is not worth it for fewer numbers.
 constexpr int64_t kGrain = 1 << 15;
 
@@ -204,7 +203,8 @@ void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
                    const std::optional<Tensor>& chosen, const std::vector<Tensor>& caches,
                    const std::optional<Tensor>& slots, int64_t content, int64_t layers,
                    int64_t heads, int64_t activation, double eps, const Tensor& y) {
-  const Check check(kName);
+  // A step is this with caches and slots.
+  const Check check(slots ? "packed_step" : "packed_layers");
   check.dims("x", x, 2, "[N, C]");
   check.dtype("x", x, {kFloat32});
   check_cpu(check, "x", x);

@@ -252,11 +252,11 @@ def _reference(
     caches: Sequence[Tensor] = (),
     slots: Tensor | None = None,
 ) -> Tensor:
-    check = Check("packed_layers")
+    check = Check("packed_layers" if slots is None else "packed_step")
     if layers < 1:
         check.fail("layers", "be at least 1", layers)
     crosses = len(keys) > 0
-    _check_layers(x, data, scales, column_sums, biases, norms, layers, heads, crosses)
+    _check_layers(check, x, data, scales, column_sums, biases, norms, layers, heads, crosses)
     if not 0 <= activation < len(ACTIVATIONS):
         Check("packed_linear").fail("activation", f"be in [0, {len(ACTIVATIONS) - 1}]", activation)
     for name, tensors, count, meaning in (
@@ -349,6 +349,7 @@ def _sums(
 
 
 def _check_layers(
+    check: Check,
     x: Tensor,
     data: Sequence[Tensor],
     scales: Sequence[Tensor],
@@ -359,7 +360,7 @@ def _check_layers(
     heads: int,
     crosses: bool,
 ) -> None:
-    check, linear = Check("packed_layers"), Check("packed_linear")
+    linear = Check("packed_linear")
     check.dims("x", x, 2, "[N, C]")
     check.dtype("x", x, (torch.float32,))
     check.cpu("x", x)

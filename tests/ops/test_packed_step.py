@@ -171,7 +171,7 @@ def test_a_wrong_call_says_what_is_wanted(place: int, value: Any, message: str, 
     arguments[place] = value
     with pytest.raises(ValueError) as error:
         _STEP.call(*arguments)
-    assert str(error.value).startswith(f"packed_layers: {message}")
+    assert str(error.value).startswith(f"packed_step: {message}")
 
 
 def test_more_slots_than_rows_are_rejected() -> None:
