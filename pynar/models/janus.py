@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pynar.data.batching import Batch
 from pynar.models.base import Example, TransformerConfig
-from pynar.models.cmlm import CMLM, CMLMConfig
+from pynar.models.cmlm import CMLM, CMLMConfig, uniform_masking
 from pynar.nn.attention import padding_mask
 from pynar.nn.packed import PackedRows, pack
 from pynar.nn.transformer import DecoderCache, Memory
@@ -34,6 +34,9 @@ _LEAST = 1e-7
 class JANUSConfig(CMLMConfig):
     """The weight of every loss term, and the masking; the defaults are those of the released code.
 
+    `masking`: "spans" as there, which leaves nearly half of the tokens; "uniform" as for a CMLM,
+    any number of them: so the model also sees what mask-predict begins with, nothing but masks.
+
     A term of weight 0 is not computed, and a stream that no term needs is not built. Without
     `length_weight` there is no length prediction, and the model decodes left to right only.
     """
@@ -44,6 +47,7 @@ class JANUSConfig(CMLMConfig):
     kl_ar_nar_weight: float = 1.0
     kl_nar_aux_weight: float = 1.0
     kl_ar_aux_weight: float = 3.0
+    masking: str = "spans"
     mask_ratio: float = 0.7
     mean_span: float = 2.0
 
@@ -54,6 +58,8 @@ class JANUSConfig(CMLMConfig):
                 raise ValueError(f"`{term}_weight` must not be negative, got {value}")
         if not any(getattr(self, f"{stream}_weight") for stream in _STREAMS):
             raise ValueError("one of `ar_weight`, `nar_weight`, `aux_weight` must be positive")
+        if self.masking not in ("spans", "uniform"):
+            raise ValueError(f"`masking` must be one of spans, uniform, got {self.masking!r}")
         if not 0 < self.mask_ratio <= 1:
             raise ValueError(f"`mask_ratio` must be in (0, 1], got {self.mask_ratio}")
         if not 0 < self.mean_span <= 100:
@@ -164,7 +170,9 @@ class JANUS(CMLM):
         """Draws the masks and lays out all rows; on a GPU it reads three numbers back, once."""
         config = self.config
         masked = torch.zeros_like(batch.target, dtype=torch.bool)
-        if self._streams != ("ar",):
+        if self._streams != ("ar",) and config.masking == "uniform":
+            masked = uniform_masking(batch.target, batch.target_lengths, generator)
+        elif self._streams != ("ar",):
             masked = span_masking(
                 batch.target,
                 batch.target_lengths,

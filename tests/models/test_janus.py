@@ -354,6 +354,16 @@ def test_some_short_sentences_have_nothing_masked() -> None:
     assert abs(share - expected) < 5 * (expected / rows) ** 0.5
 
 
+def test_uniform_masking_hides_any_number_of_tokens() -> None:
+    batch, model = pairs([5] * 2000), make_janus(masking="uniform")
+    example = model.corrupt(batch, torch.Generator().manual_seed(2))
+    hidden = (example.inputs == MASK).sum(1)
+    shares = hidden.bincount(minlength=6) / len(batch)
+    assert shares[0] == 0
+    # Each of 1 ... 5 in a fifth of the sentences; four standard deviations.
+    assert (shares[1:] - 0.2).abs().max() < 4 * math.sqrt(0.2 * 0.8 / 2000)
+
+
 def test_masking_follows_the_generator_and_the_lengths() -> None:
     lengths = torch.randint(0, 30, (50,), generator=torch.Generator().manual_seed(0))
     target = torch.full((50, 30), 7)
@@ -370,6 +380,7 @@ def test_masking_follows_the_generator_and_the_lengths() -> None:
     [
         ({"kl_ar_aux_weight": -1.0}, "`kl_ar_aux_weight` must not be negative, got -1.0"),
         ({"ar_weight": 0.0, "nar_weight": 0.0, "aux_weight": 0.0}, "one of `ar_weight`, `nar_w"),
+        ({"masking": "all"}, "`masking` must be one of spans, uniform, got 'all'"),
         ({"mask_ratio": 0.0}, r"`mask_ratio` must be in \(0, 1\], got 0.0"),
         ({"mean_span": 0.0}, r"`mean_span` must be in \(0, 100\], got 0.0"),
         ({"positions": "learned", "max_length": 2}, "`max_length` must be at least 3, got 2"),
