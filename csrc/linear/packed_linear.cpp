@@ -313,7 +313,8 @@ void packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
                : words.rows();
   const int64_t chunks = div_up(rows, kChunkRows);
   // Every thread gets some groups, or single panels where there are too few.
-  const bool grouped = chunks > 1 && packed.panels * chunks >= 4 * kPanelGroup * max_threads();
+  const bool grouped = strip_columns() < kPanel && packed.steps > 2 * kStripSteps && chunks > 1 &&
+                       packed.panels * chunks >= 4 * kPanelGroup * max_threads();
   const int64_t groups = grouped ? div_up(packed.panels, kPanelGroup) : packed.panels;
   const int64_t tasks = groups * chunks;
   // Below some twenty microseconds a second thread comes too late.

@@ -33,8 +33,10 @@ constexpr int64_t kNarrowStrip = 16;
 constexpr int64_t kBlockRows = 6;
 // Rows that go past a panel one after another.
 constexpr int64_t kChunkRows = 16 * kBlockRows;
-// Panels that a chunk of rows goes past together, so that many steps of a deep input need not come
-// from the outer caches for each.
+// So many steps of a narrow strip stay in the innermost cache while a chunk of rows goes by.
+constexpr int64_t kStripSteps = 256;
+// Panels that a chunk of rows goes past together where the rows have more steps than the next cache
+// holds, which would else come from the outer caches for each panel.
 constexpr int64_t kPanelGroup = 4;
 
 constexpr int64_t depth_per_word(WeightFormat format) {

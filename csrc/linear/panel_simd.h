@@ -353,15 +353,15 @@ inline void finish_sums(const InputRows& input, int64_t first, int64_t rows, con
 
 // Not inlined, since its loops need all registers that there are.
 template <WeightFormat kFormat>
-[[gnu::noinline]] void multiply(const InputRows& input, int64_t first, int64_t rows, const Panel* panels,
-                     int64_t count, Block* out) {
+[[gnu::noinline]] void multiply(const InputRows& input, int64_t first, int64_t rows,
+                                const Panel* panels, int64_t count, Block* out) {
   using D = Dot<kFormat>;
   // Where a panel is several strips, one stays in the innermost cache while rows go by, and so many
   // steps of the rows in the next one while panels go by.
   constexpr bool kStrips = kStrip < kPanel;
   const int64_t width = vectors_for(rows, D::kLanes) * D::kLanes;
   const int64_t all = panels->steps;
-  const int64_t depth = kStrips ? 256 : all;
+  const int64_t depth = kStrips ? kStripSteps : all;
   // A weight that is taken apart leaves registers for a row less. Blocks are of nearly equal size:
   // so one has less than three rows only where there are no more.
   const int64_t blocks = div_up(rows, kBlockRows - (D::kParts - 1));
