@@ -17,6 +17,7 @@ from rich.table import Table
 from pynar.cli.decoding import parse_model
 from pynar.cli.plots import plot_decode_quality, plot_latency_length
 from pynar.data import read_lines
+from pynar.data.atomic import written
 from pynar.data.tokenizer import cpu_count
 from pynar.evaluation.benchmark import Plan, System, benchmark, expand
 from pynar.evaluation.benchmark.systems import FREEZES
@@ -161,7 +162,8 @@ def run(options: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     if options.redraw is None:
         text = json.dumps(result, indent=1) + "\n"
-        (output / "results.json").write_text(text, encoding="utf-8")
+        with written(output / "results.json") as stream:
+            stream.write(text)
     (output / "table.md").write_text(markdown(result), encoding="utf-8")
     drawn = [
         draw(output / name, result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +15,8 @@ import pynar
 from pynar.cli.decoding import add_freeze_argument, frozen, parse_model
 from pynar.cli.plots import plot_quality_passes
 from pynar.data import read_lines
-from pynar.decoding import LineTranslator, RescoringTranslator, Strategy, strategy
+from pynar.data.atomic import written
+from pynar.decoding import LineTranslator, RescoringTranslator, Strategy, Translation, strategy
 from pynar.evaluation import compare, diversity, evaluate, machine, measure_speed
 from pynar.evaluation.benchmark.systems import describe
 from pynar.evaluation.metrics import Quality
@@ -42,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also how much the systems' translations differ from each other, as samples of one",
     )
     parser.add_argument("--latency-sentences", type=int, default=100)
+    parser.add_argument(
+        "--no-timing",
+        action="store_true",
+        help="quality and passes alone: every system translates once; --json keeps what is done",
+    )
     parser.add_argument("--bootstrap", type=int, default=1000, help="samples; 0 leaves it out")
     parser.add_argument("--device", default="cpu")
     add_freeze_argument(parser)
@@ -68,21 +74,16 @@ def run(options: argparse.Namespace) -> None:
         ]
         if all("beam" not in translator.model.strategies for _, translator, _ in models):
             print("note: no autoregressive model among them; a speed-up needs one beside it")
-        print(f"timing {len(models)} systems: {machine(options.device)}")
-        measured = measure_speed(
-            [(translator, chosen) for _, translator, chosen in models],
-            source,
-            latency_sentences=options.latency_sentences,
-        )
-        for (name, _, _), (speed, results) in zip(models, measured, strict=True):
+        for name, speed, results in _measured(models, source, options):
             lines = [result.text for result in results]
             systems.append((name, lines))
-            scores = _scores(evaluate(lines, references))
-            rows.append({"system": name, **scores, **dataclasses.asdict(speed)})
+            rows.append({"system": name, **_scores(evaluate(lines, references)), **speed})
+            if options.no_timing and options.json:
+                _save(options, {"rows": rows})
     _print(rows)
     if len(systems) > 1 and options.bootstrap:
         _print_comparison(systems, references, options.bootstrap)
-    content: dict[str, object] = {"machine": machine(options.device), "rows": rows}
+    content: dict[str, object] = {"rows": rows}
     if options.diversity:
         found = diversity([lines for _, lines in systems], references)
         content["diversity"] = dataclasses.asdict(found)
@@ -91,9 +92,39 @@ def run(options: argparse.Namespace) -> None:
             f"BLEU {found.reference_bleu:.2f}  ({found.signature})"
         )
     if options.json:
-        Path(options.json).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _save(options, content)
     if options.plot:
         plot_quality_passes(Path(options.plot), rows, machine(options.device))
+
+
+def _measured(
+    models: list[tuple[str, LineTranslator, Strategy]],
+    source: list[str],
+    options: argparse.Namespace,
+) -> Iterator[tuple[str, dict[str, float], list[Translation]]]:
+    """Of every system its name, its speed or at least its passes, and what it wrote."""
+    where = f"{len(models)} systems: {machine(options.device)}"
+    if options.no_timing:
+        print(f"translating with {where}")
+        for name, translator, chosen in models:
+            results = translator.decode(source, chosen)
+            passes = sum(result.passes for result in results) / max(len(results), 1)
+            yield name, {"passes": passes}, results
+        return
+    print(f"timing {where}")
+    measured = measure_speed(
+        [(translator, chosen) for _, translator, chosen in models],
+        source,
+        latency_sentences=options.latency_sentences,
+    )
+    for (name, _, _), (speed, results) in zip(models, measured, strict=True):
+        yield name, dataclasses.asdict(speed), results
+
+
+def _save(options: argparse.Namespace, content: dict[str, object]) -> None:
+    text = json.dumps({"machine": machine(options.device), **content}, indent=1)
+    with written(Path(options.json)) as stream:
+        stream.write(text + "\n")
 
 
 def _models(

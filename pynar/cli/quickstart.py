@@ -21,6 +21,7 @@ from sacrebleu.metrics import BLEU
 import pynar
 from pynar.cli.plots import plot_quality_latency
 from pynar.data import prepare
+from pynar.data.atomic import written
 from pynar.data.normalisation import Example, corpus, exact_match
 from pynar.decoding import (
     BeamSearch,
@@ -90,7 +91,8 @@ def run(options: argparse.Namespace) -> None:
     _print_table(console, rows)
     _print_passes(output, test)
     results = [dataclasses.asdict(row) for row in rows]
-    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    with written(output / "results.json") as stream:
+        stream.write(json.dumps(results, indent=1) + "\n")
     plot_quality_latency(output / "quality_latency.png", rows, machine())
     print(f"\n{machine()}; finished after {time.perf_counter() - start:.0f} s")
     print(f"{output}/results.json, {output}/quality_latency.png, and a model in every folder: try")
@@ -110,9 +112,8 @@ def _claim(output: Path, settings: dict[str, float]) -> None:
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; remove it, or choose another --output")
     output.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(settings))
-    os.replace(temporary, path)
+    with written(path) as stream:
+        json.dump(settings, stream)
 
 
 def _title(console: Console, start: float, text: str) -> None:

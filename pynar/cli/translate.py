@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import secrets
 import sys
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from pynar.cli.decoding import (
     load_engine,
 )
 from pynar.data import read_lines
+from pynar.data.atomic import written
 from pynar.decoding import RescoringTranslator, Translation
 
 
@@ -72,15 +71,8 @@ def _write(output: str | None, results: list[Translation], scores: bool) -> None
     if output is None:
         _print(sys.stdout, results, scores)
         return
-    # Under another name until it is whole, so that an interrupted run leaves no half a file.
-    path = Path(output)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
-            _print(stream, results, scores)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written(Path(output)) as stream:
+        _print(stream, results, scores)
 
 
 def _print(stream: TextIO, results: list[Translation], scores: bool) -> None:

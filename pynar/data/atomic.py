@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Files and directories that appear whole or not at all."""
 
 import ctypes
 import os
@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-__all__ = ["replace_directory", "temporary_sibling"]
+__all__ = ["replace_directory", "temporary_sibling", "written"]
 
 
 def _fsync(path: Path) -> None:
@@ -20,6 +21,31 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def _beside(path: Path) -> Path:
+    # Not ``absolute()``: the parent of "." or "x/.." has a name only when resolved.
+    path = path.resolve()
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+@contextmanager
+def written(path: Path) -> Iterator[TextIO]:
+    """Opens a text file to be written, which takes the place of ``path`` when it is whole.
+
+    What is no file, such as a pipe, is written into.
+    """
+    if path.exists() and not path.is_file():
+        with open(path, "w", encoding="utf-8", newline="\n") as stream:
+            yield stream
+        return
+    temporary = _beside(path)
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as stream:
+            yield stream
+        os.replace(temporary, path.resolve())
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
     """Makes a hidden directory beside ``path``, and removes it if it is still there at the end.
@@ -27,13 +53,13 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
     A sibling, so that renaming it does not cross file systems. Raises the ``OSError`` that makes
     ``path`` unwritable before any work is done.
     """
-    # Not ``absolute()``: the parent of "." or "x/.." has a name only when resolved.
-    path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _beside(path)
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
+        raise type(error)(
+            error.errno, f"cannot write {path.resolve()}: {error.strerror}"
+        ) from error
     try:
         yield temporary
     finally:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from pynar.data import Corpus, CorpusWriter, FileInfo, Manifest, SplitInfo
-from pynar.data.atomic import replace_directory, temporary_sibling
+from pynar.data.atomic import replace_directory, temporary_sibling, written
 from pynar.decoding import LineTranslator, Strategy
 from pynar.symbols import UNK
 
@@ -115,9 +115,8 @@ def _begin(folder: Path, facts: dict[str, Any]) -> None:
     path = folder / "options.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".options.{os.getpid()}"
-        temporary.write_text(json.dumps(facts, indent=1))
-        os.replace(temporary, path)
+        with written(path) as stream:
+            json.dump(facts, stream, indent=1)
     found = json.loads(path.read_text())
     different = [key for key in facts if found.get(key) != facts[key]]
     if different:

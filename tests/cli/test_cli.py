@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,7 +16,8 @@ import pynar
 from pynar.cli import main
 from pynar.data import Manifest
 from pynar.data.normalisation import corpus
-from pynar.decoding import RescoringTranslator
+from pynar.decoding import RescoringTranslator, Translation, Translator
+from pynar.evaluation import evaluate
 
 needs_ctranslate2 = pytest.mark.skipif(
     importlib.util.find_spec("ctranslate2") is None, reason="the extra `ctranslate2` is missing"
@@ -203,6 +205,37 @@ def test_evaluate_scores_and_times_models_beside_files(place: Path, tmp_path: Pa
     assert rows[3]["passes"] == 2 and rows[3]["sentences_per_second"] > 0
     assert "nrefs:1" in rows[3]["signatures"]["bleu"]
     assert "paired bootstrap" in capsys.readouterr().out
+
+
+def test_evaluate_without_timing_keeps_what_is_done(
+    place: Path, tmp_path: Path, monkeypatch
+) -> None:
+    results = tmp_path / "results.json"
+    command = (
+        *("evaluate", "--reference", place / "test.target", "--source", place / "test.source"),
+        *("--no-timing", "--json", results, "--model"),
+    )
+    ours, other = f"{place}/cmlm/best:iterations=2", place / "autoregressive/best"
+    run(*command, ours, other)
+    rows = json.loads(results.read_text())["rows"]
+    assert [row["passes"] == 2 for row in rows] == [True, False, False]
+    assert all("p50_ms" not in row for row in rows)
+    lines = pynar.load(place / "cmlm/best").translate(
+        (place / "test.source").read_text().splitlines(), iterations=2
+    )
+    expected = evaluate(lines, [(place / "test.target").read_text().splitlines()])
+    assert rows[0]["chrf"] == expected.chrf > 0
+    results.unlink()
+
+    def decode(self: Translator, *arguments: Any, **options: Any) -> list[Translation]:
+        if self.model.name == "autoregressive":
+            raise KeyboardInterrupt
+        return whole(self, *arguments, **options)
+
+    whole = Translator.decode
+    monkeypatch.setattr(Translator, "decode", decode)
+    assert main([str(argument) for argument in (*command, ours, other)]) == 130
+    assert json.loads(results.read_text())["rows"] == rows[:1]
 
 
 def test_a_rescorer_chooses_among_candidates(place: Path, tmp_path: Path, capsys) -> None:
