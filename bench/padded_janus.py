@@ -49,14 +49,14 @@ def _masks(seen: list[list[list[int]]], queries: int, keys: int) -> Tensor:
     return mask
 
 
-def autoregressive_streams(targets: list[list[int]]) -> Streams:
-    """Content t sees 0 ... t, and so does the query at its place."""
+def autoregressive_streams(targets: list[list[int]], ahead: bool = False) -> Streams:
+    """Content t sees 0 ... t, and so does the query at its position or, `ahead`, at the next."""
     content = _padded([[BOS, *y] for y in targets], PAD)
     positions = _padded([list(range(len(y) + 1)) for y in targets], 0)
     seen = [[list(range(t + 1)) for t in range(len(y) + 1)] for y in targets]
     mask = _masks(seen, content.shape[1], content.shape[1])
     labels = _padded([[*y, EOS] for y in targets], PAD)
-    return Streams(content, positions, mask, positions, mask, labels != PAD, labels)
+    return Streams(content, positions, mask, positions + ahead, mask, labels != PAD, labels)
 
 
 def auxiliary_streams(targets: list[list[int]], masked: list[list[bool]]) -> Streams:
@@ -126,7 +126,7 @@ def decode(
 
     def embed(tokens: Tensor, positions: Tensor) -> Tensor:
         embedding = model.target_embedding
-        table = embedding.positions(0, streams.content.shape[1])
+        table = embedding.positions(0, int(positions.max()) + 1 if positions.numel() else 0)
         return model.dropout(embedding.norm(embedding.embed(tokens) + table[positions]))
 
     content = embed(streams.content, streams.content_positions)

@@ -37,6 +37,10 @@ class JANUSConfig(CMLMConfig):
     `masking`: "spans" as there, which leaves nearly half of the tokens; "uniform" as for a CMLM,
     any number of them: so the model also sees what mask-predict begins with, nothing but masks.
 
+    `query_positions`: where the AR query of a token stands. "previous", as there: at the position
+    of the token before it. "own": where the mask stands of a token that is predicted in parallel,
+    so that a mask predicts the token of its position in every stream.
+
     A term of weight 0 is not computed, and a stream that no term needs is not built. Without
     `length_weight` there is no length prediction, and the model decodes left to right only.
     """
@@ -47,6 +51,7 @@ class JANUSConfig(CMLMConfig):
     kl_ar_nar_weight: float = 1.0
     kl_nar_aux_weight: float = 1.0
     kl_ar_aux_weight: float = 3.0
+    query_positions: str = "previous"
     masking: str = "spans"
     mask_ratio: float = 0.7
     mean_span: float = 2.0
@@ -60,6 +65,10 @@ class JANUSConfig(CMLMConfig):
             raise ValueError("one of `ar_weight`, `nar_weight`, `aux_weight` must be positive")
         if self.masking not in ("spans", "uniform"):
             raise ValueError(f"`masking` must be one of spans, uniform, got {self.masking!r}")
+        if self.query_positions not in ("previous", "own"):
+            raise ValueError(
+                f"`query_positions` must be one of previous, own, got {self.query_positions!r}"
+            )
         if not 0 < self.mask_ratio <= 1:
             raise ValueError(f"`mask_ratio` must be in (0, 1], got {self.mask_ratio}")
         if not 0 < self.mean_span <= 100:
@@ -195,6 +204,7 @@ class JANUS(CMLM):
             tokens=tokens,
             num_masked=num_masked,
             streams=self._streams,
+            query_positions=self.config.query_positions,
         )
         known = {"ar": tokens + len(batch), "length": len(batch)}
         counts = {
@@ -298,7 +308,7 @@ class JANUS(CMLM):
         Of prefixes of `first: [B * n]` to `lengths: [B * n]` tokens, sentence after sentence:
         `[sum(lengths - first + 1), C]`.
         """
-        rows, content = ar_rows(tokens, lengths, first)
+        rows, content = ar_rows(tokens, lengths, first, query_positions=self.config.query_positions)
         keys_values, bounds = memory.rows()
         candidates = len(tokens) // max(len(bounds), 1)
         return self.decoder.rows(
@@ -314,7 +324,10 @@ class JANUS(CMLM):
         """Query states `[N, C]` from which the token after `tokens: [N]` follows."""
         pair = torch.stack([tokens, torch.full_like(tokens, MASK)], 1)
         at = cache.position
-        x = self.target_embedding.embed(pair) + self.target_embedding.positions(at, at + 1)
+        ahead = self.config.query_positions == "own"
+        # Of the content, and of the query: the same one, or the next.
+        positions = self.target_embedding.positions(at, at + 1 + ahead)
+        x = self.target_embedding.embed(pair) + positions
         return self.decoder.step(self.target_embedding.norm(x), memory, cache)[:, 0]
 
     def decode(

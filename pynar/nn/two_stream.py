@@ -46,11 +46,12 @@ def two_streams(
     tokens: int,
     num_masked: int,
     streams: tuple[str, ...] = ("ar", "nar", "aux"),
+    query_positions: str = "previous",
 ) -> TwoStreams:
     """Lays out two-stream training in packed rows.
 
-    Every row stands at the position of its token in `<s> y </s>`; the AR query of a token stands
-    at the position before it, where its content stream is.
+    Every row stands at the position of its token in `<s> y </s>`, but the AR query of a token may
+    stand at the position before it, where the last content is that it sees.
 
     Args:
         target: `[B, T]`, without `<s>` and `</s>`.
@@ -60,6 +61,7 @@ def two_streams(
         tokens: the sum of `lengths`.
         num_masked: b, the number of masked tokens.
         streams: those to lay out; G goes with "aux".
+        query_positions: "previous" or "own", of AR queries.
     """
     sentences, width = target.shape
     full = F.pad(target, (1, 1))
@@ -80,7 +82,8 @@ def two_streams(
         pattern = two_stream_intervals(lengths + 1, counts, "ar", width=width + 1)
         sees = at.intervals(pattern, at.start)
         contents.append((full[at.sentence, at.place], at.place, at.sentence, sees))
-        queries.append((torch.full_like(at.place, MASK), at.place, at.sentence, sees))
+        place = at.place + (query_positions == "own")
+        queries.append((torch.full_like(place, MASK), place, at.sentence, sees))
         # Stable, so that masked tokens stand in the order of the other streams.
         ar = (~hidden[at.sentence, at.place + 1]).int().argsort(stable=True)
         ar_labels = full[at.sentence[ar], at.place[ar] + 1]
@@ -122,7 +125,9 @@ def two_streams(
     return TwoStreams(packed, content, reads, ar, nar, aux, ar_labels, labels)
 
 
-def ar_rows(target: Tensor, lengths: Tensor, first: Tensor) -> tuple[PackedRows, int]:
+def ar_rows(
+    target: Tensor, lengths: Tensor, first: Tensor, *, query_positions: str = "previous"
+) -> tuple[PackedRows, int]:
     """The AR streams of `target: [B, T]`, to predict what follows `first: [B]` or more tokens.
 
     Returns the rows, contents `<s> y` of every sentence and then queries, and how many of them are
@@ -137,9 +142,9 @@ def ar_rows(target: Tensor, lengths: Tensor, first: Tensor) -> tuple[PackedRows,
     contents = F.pad(target, (1, 0), value=BOS)[at.sentence, at.place]
     rows = PackedRows(
         torch.cat([contents, torch.full_like(place, MASK)]),
-        torch.cat([at.place, place]),
+        torch.cat([at.place, place + (query_positions == "own")]),
         torch.cat([at.sentence, ask.sentence]),
         torch.cat([sees, sees[at.start[ask.sentence] + place]]),
-        width,
+        width + 1,
     )
     return rows, len(contents)

@@ -14,6 +14,7 @@ from pynar.symbols import EOS, MASK
 MODELS: dict[str, dict[str, Any]] = {
     "pre-norm": {},
     "post-norm": {"norm": "post", "positions": "learned", "max_length": 23},
+    "own positions": {"query_positions": "own", "positions": "learned", "max_length": 23},
 }
 LENGTHS = [4, 1, 9, 2, 4, 7, 3, 8]
 

@@ -20,6 +20,7 @@ CLOSE = tolerance("cpu", torch.float64)
 SINGLE = tolerance("cpu", torch.float32)  # of the length's loss, whatever the model's type
 EVERY = ("ar", "nar", "aux", "kl_ar_nar", "kl_nar_aux", "kl_ar_aux", "length")
 both_norms = pytest.mark.parametrize("norm", ["pre", "post"])
+both_positions = pytest.mark.parametrize("query_positions", ["previous", "own"])
 # Terms that are trained, as in the paper's ablation and less.
 CHOICES = [
     EVERY,
@@ -61,7 +62,8 @@ def pairs(targets: list[int]) -> Batch:
 def slow(model: JANUS, batch: Batch, masked: torch.Tensor) -> dict[str, torch.Tensor]:
     lengths = batch.target_lengths.tolist()
     targets = [row[:n] for row, n in zip(batch.target.tolist(), lengths, strict=True)]
-    streams = autoregressive_streams(targets), auxiliary_streams(targets, masked.tolist())
+    ar = autoregressive_streams(targets, model.config.query_positions == "own")
+    streams = ar, auxiliary_streams(targets, masked.tolist())
     return losses(model, batch, masked, *streams)
 
 
@@ -80,12 +82,14 @@ def total(model: JANUS, found: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @both_norms
+@both_positions
 @pytest.mark.parametrize("terms", CHOICES, ids="+".join)
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_losses_and_gradients_are_those_of_padded_passes(
-    norm: str, terms: tuple[str, ...], share: float
+    norm: str, query_positions: str, terms: tuple[str, ...], share: float
 ) -> None:
-    model = make_janus(terms, norm=norm, positions="learned", max_length=64)
+    options = {"norm": norm, "query_positions": query_positions}
+    model = make_janus(terms, positions="learned", max_length=11, **options)
     batch = pairs([4, 0, 7, 1, 9])
     masked = draw(batch, share)
     found = model(model.example(batch, masked))
@@ -380,6 +384,7 @@ def test_masking_follows_the_generator_and_the_lengths() -> None:
     [
         ({"kl_ar_aux_weight": -1.0}, "`kl_ar_aux_weight` must not be negative, got -1.0"),
         ({"ar_weight": 0.0, "nar_weight": 0.0, "aux_weight": 0.0}, "one of `ar_weight`, `nar_w"),
+        ({"query_positions": "next"}, "`query_positions` must be one of previous, own, got 'next'"),
         ({"masking": "all"}, "`masking` must be one of spans, uniform, got 'all'"),
         ({"mask_ratio": 0.0}, r"`mask_ratio` must be in \(0, 1\], got 0.0"),
         ({"mean_span": 0.0}, r"`mean_span` must be in \(0, 100\], got 0.0"),
@@ -409,11 +414,14 @@ def stepwise(model: JANUS, source: torch.Tensor, tokens: list[int]) -> list[torc
 
 
 @both_norms
+@both_positions
 @pytest.mark.parametrize("frozen", [False, True])
 @torch.no_grad()
-def test_steps_are_whole_passes_over_the_prefix(norm: str, frozen: bool) -> None:
+def test_steps_are_whole_passes_over_the_prefix(
+    norm: str, query_positions: str, frozen: bool
+) -> None:
     """Of 40 tokens, so that the cache grows; the truth is the padded two-stream decoder."""
-    model = make_janus(norm=norm).float().eval()
+    model = make_janus(norm=norm, query_positions=query_positions).float().eval()
     batch = pairs([4, 40, 1])
     decoding = model.freeze() if frozen else model
     scores = decoding.score(batch.source, batch.source_lengths, batch.target, batch.target_lengths)
@@ -423,7 +431,7 @@ def test_steps_are_whole_passes_over_the_prefix(norm: str, frozen: bool) -> None
         memory = model.encode(source[None], batch.source_lengths[row : row + 1])
         expected = 0.0
         for place, found in enumerate(stepwise(decoding, source, tokens)):
-            streams = autoregressive_streams([tokens[:place]])
+            streams = autoregressive_streams([tokens[:place]], query_positions == "own")
             _, query = decode(model, streams, memory.states, memory.mask)
             log_probs = model.log_probs(query[0, -1])
             torch.testing.assert_close(found, log_probs, rtol=1e-4, atol=1e-4)
