@@ -14,7 +14,7 @@ from pynar.models.base import Example, TransformerConfig, TranslationModel
 from pynar.models.cmlm import CMLMConfig
 from pynar.nn.attention import padding_mask
 from pynar.nn.embedding import sinusoids
-from pynar.nn.flows import NETWORKS, ActNorm, Flow, PositionAttention, WeightNormLinear
+from pynar.nn.flows import NETWORKS, ActNorm, Flow, PositionAttention, PositionSum, WeightNormLinear
 from pynar.nn.frozen import DTYPES, FrozenCopy
 from pynar.nn.frozen_flow import FrozenFlow
 from pynar.nn.length import LengthPredictor
@@ -46,6 +46,8 @@ class FlowSeqConfig(CMLMConfig):
     bidirectional LSTMs, of `ffn_dim` and of `flow_ffn_dim` channels; embeddings, the source's
     states and latent variables have `dim`. `token_dropout` hides tokens from the posterior,
     `latent_dropout` steps of the latent variables from the decoder.
+    A Transformer decoder gathers the latent variables by attention of positions, as in the paper,
+    which takes many updates to learn; without `latent_attention` each step begins with its own.
     """
 
     dim: int = 256
@@ -59,6 +61,7 @@ class FlowSeqConfig(CMLMConfig):
     posterior_std: float = 0.0
     token_dropout: float = 0.2
     latent_dropout: float = 0.0
+    latent_attention: bool = True
     network: str = "transformer"
     flow_steps: tuple[int, ...] = (4, 4, 2)
     flow_ffn_dim: int = 512
@@ -179,9 +182,12 @@ class FlowSeq(TranslationModel):
             multiple=config.multiple,
         )
         self.posterior: Any = self._make_decoder(config.posterior_layers)
-        # An LSTM knows its place in a sequence.
-        attends = config.network == "transformer"
-        self.gather = PositionAttention(config.dim, config.heads) if attends else None
+        self.gather: nn.Module | None = None  # an LSTM knows its place in a sequence
+        if config.network == "transformer":
+            attends = config.latent_attention
+            self.gather = (
+                PositionAttention(config.dim, config.heads) if attends else PositionSum(config.dim)
+            )
         self.prior: Any = Flow(  # of a frozen model FrozenFlow or FrozenCopy
             config.dim,
             config.dim,

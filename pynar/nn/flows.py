@@ -35,6 +35,7 @@ __all__ = [
     "Coupling",
     "Flow",
     "PositionAttention",
+    "PositionSum",
     "WeightNormLinear",
 ]
 
@@ -181,6 +182,18 @@ class PositionAttention(nn.Module):
         k, v = (_heads(h, self.heads) for h in self.key_value(x).chunk(2, -1))
         q = self.query(positions).expand_as(x)
         return self.norm(positions + _attend(q, k, v, sees))
+
+
+class PositionSum(nn.Module):
+    """Each step's state beside its position; `PositionAttention` has to find it. Post-norm."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.value = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
+        return self.norm(positions + self.value(x))
 
 
 class _AttentionNet(nn.Module):

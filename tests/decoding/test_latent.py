@@ -206,7 +206,7 @@ RECURRENT = [
 ]
 
 
-@pytest.mark.parametrize("changes", [{}, *RECURRENT], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"latent_attention": False}, *RECURRENT], ids=str)
 def test_frozen_translates_alike(changes: dict[str, object]) -> None:
     model = make_model(**changes)
     frozen_model = model.freeze()

@@ -43,7 +43,11 @@ RECURRENT = {
     "posterior_layers": 2,
     "latent_dropout": 0.3,
 }
-every_variant = pytest.mark.parametrize("changes", [{}, RECURRENT], ids=["transformer", "rnn"])
+every_variant = pytest.mark.parametrize(
+    "changes",
+    [{}, {"latent_attention": False}, RECURRENT],
+    ids=["transformer", "latents in place", "rnn"],
+)
 
 
 def make_model(**changes: Any) -> FlowSeq:
