@@ -85,6 +85,16 @@ class TransformerConfig:
         for field in ("dropout", "label_smoothing"):
             if not 0 <= (value := getattr(self, field)) < 1:
                 raise ValueError(f"`{field}` must be in [0, 1), got {value}")
+        if self.positions == "none" and self.needs_positions:
+            raise ValueError(
+                "`positions` must be sinusoidal or learned, got 'none': without them attention "
+                "cannot tell one place of a sentence from another"
+            )
+
+    @property
+    def needs_positions(self) -> bool:
+        """Whether the network knows of the order of tokens by their positions alone."""
+        return True
 
 
 @dataclass(frozen=True)

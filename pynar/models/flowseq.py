@@ -97,6 +97,10 @@ class FlowSeqConfig(CMLMConfig):
             )
 
     @property
+    def needs_positions(self) -> bool:
+        return self.network == "transformer"
+
+    @property
     def couplings(self) -> int:
         """How many layers of the size of a decoder's a sentence goes through in the flow."""
         top = len(self.flow_steps) - 1

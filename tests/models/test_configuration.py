@@ -19,6 +19,8 @@ from pynar.training.config import TrainingConfig
     [
         ("cmlm", {"norm": "rms"}, "`norm` must be one of pre, post, got 'rms'"),
         ("cmlm", {"positions": "rope"}, "`positions` must be one of sinusoidal, learned"),
+        ("cmlm", {"positions": "none"}, "`positions` must be sinusoidal or learned, got 'none'"),
+        ("flowseq", {"positions": "none"}, "`positions` must be sinusoidal or learned, got 'none'"),
         ("cmlm", {"activation": "tanh"}, "`activation` must be one of relu, gelu"),
         ("cmlm", {"init": "zero"}, "`init` must be one of xavier, bert"),
         ("cmlm", {"length_kind": "ratio"}, "`length_kind` must be one of absolute, difference"),
