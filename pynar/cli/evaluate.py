@@ -72,8 +72,6 @@ def run(options: argparse.Namespace) -> None:
             for text in options.model
             for model in _models(text, options.device, frozen(options))
         ]
-        if all("beam" not in translator.model.strategies for _, translator, _ in models):
-            print("note: no autoregressive model among them; a speed-up needs one beside it")
         for name, speed, results in _measured(models, source, options):
             lines = [result.text for result in results]
             systems.append((name, lines))
@@ -111,6 +109,8 @@ def _measured(
             passes = sum(result.passes for result in results) / max(len(results), 1)
             yield name, {"passes": passes}, results
         return
+    if all("beam" not in translator.model.strategies for _, translator, _ in models):
+        print("note: no autoregressive model among them; a speed-up needs one beside it")
     print(f"timing {where}")
     measured = measure_speed(
         [(translator, chosen) for _, translator, chosen in models],

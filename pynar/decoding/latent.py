@@ -57,13 +57,9 @@ def _choose(tokens: Tensor, scores: Tensor, n_best: int, passes: Tensor) -> Hypo
     return Hypotheses(tokens.masked_fill(ended, PAD)[..., :width], lengths, best, passes)
 
 
-@dataclass(frozen=True)
-class LatentArgmax:
-    """The most probable tokens of the latent variables' mode: noise 0 through the flow.
-
-    With several `samples` of noise from N(0, temperature^2), those that the prior finds most
-    probable. Scores are log p(z | x) without the constant of the normal distribution.
-    """
+@dataclass(frozen=True, kw_only=True)
+class _Latent:
+    """What every way of decoding through latent variables can be told."""
 
     samples: int = 1
     temperature: float = 0.3
@@ -72,8 +68,22 @@ class LatentArgmax:
     max_extra: int = 10
 
     def __post_init__(self) -> None:
-        _check("LatentArgmax", self.seed, self.max_ratio, self.max_extra, samples=self.samples)
-        _check_temperature("LatentArgmax", self.temperature)
+        own = type(self).__name__
+        for field in ("samples", "length_candidates", "importance_samples", "n_best"):
+            if (value := getattr(self, field, 1)) < 1:
+                raise ValueError(f"{own}: `{field}` must be positive, got {value}")
+        for field in ("temperature", "seed", "max_ratio", "max_extra"):
+            if not (amount := getattr(self, field)) >= 0:
+                raise ValueError(f"{own}: `{field}` must not be negative, got {amount}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentArgmax(_Latent):
+    """The most probable tokens of the latent variables' mode: noise 0 through the flow.
+
+    With several `samples` of noise from N(0, temperature^2), those that the prior finds most
+    probable. Scores are log p(z | x) without the constant of the normal distribution.
+    """
 
     @torch.inference_mode()
     def decode(
@@ -120,8 +130,8 @@ class LatentArgmax:
         return _choose(tokens[:, None], best_score, 1, torch.ones_like(source_lengths))
 
 
-@dataclass(frozen=True)
-class NoisyParallel:
+@dataclass(frozen=True, kw_only=True)
+class NoisyParallel(_Latent):
     """The drafts of noisy parallel decoding (NPD): `samples` for each of the likeliest lengths.
 
     They are decoded from noise of N(0, temperature^2), the first of each length from none, and are
@@ -131,21 +141,6 @@ class NoisyParallel:
 
     length_candidates: int = 3
     samples: int = 10
-    temperature: float = 0.3
-    seed: int = 0
-    max_ratio: float = 2.0
-    max_extra: int = 10
-
-    def __post_init__(self) -> None:
-        _check(
-            "NoisyParallel",
-            self.seed,
-            self.max_ratio,
-            self.max_extra,
-            length_candidates=self.length_candidates,
-            samples=self.samples,
-        )
-        _check_temperature("NoisyParallel", self.temperature)
 
     @torch.inference_mode()
     def decode(
@@ -166,8 +161,8 @@ class NoisyParallel:
         return _choose(drafts.tokens.unflatten(0, shape), scores.view(shape), shape[1], passes)
 
 
-@dataclass(frozen=True)
-class ImportanceWeighted:
+@dataclass(frozen=True, kw_only=True)
+class ImportanceWeighted(_Latent):
     """Importance weighted decoding (IWD): the candidate that the model itself finds most probable.
 
     `samples` drafts at `temperature` for each of the `length_candidates` most probable lengths, the
@@ -180,24 +175,10 @@ class ImportanceWeighted:
     length_candidates: int = 3
     samples: int = 5
     importance_samples: int = 4
-    temperature: float = 0.3
     n_best: int = 1
-    seed: int = 0
-    max_ratio: float = 2.0
-    max_extra: int = 10
 
     def __post_init__(self) -> None:
-        _check(
-            "ImportanceWeighted",
-            self.seed,
-            self.max_ratio,
-            self.max_extra,
-            length_candidates=self.length_candidates,
-            samples=self.samples,
-            importance_samples=self.importance_samples,
-            n_best=self.n_best,
-        )
-        _check_temperature("ImportanceWeighted", self.temperature)
+        super().__post_init__()
         if self.n_best > self.length_candidates * self.samples:
             raise ValueError(
                 "ImportanceWeighted: `n_best` must be at most `length_candidates` times `samples` "
@@ -286,17 +267,3 @@ def _tokens(model: FlowSeq, z: Tensor, lengths: Tensor, memory: Memory) -> tuple
     best, log_probs, _ = model.best(model.decode_latent(z, lengths, memory, live))
     tokens = torch.full(live.shape, PAD, device=z.device).masked_scatter(live, best)
     return tokens, log_probs.new_zeros(live.shape).masked_scatter(live, log_probs).sum(1)
-
-
-def _check(name: str, seed: int, ratio: float, extra: float, **positive: int) -> None:
-    for field, value in positive.items():
-        if value < 1:
-            raise ValueError(f"{name}: `{field}` must be positive, got {value}")
-    for field, amount in (("seed", seed), ("max_ratio", ratio), ("max_extra", extra)):
-        if not amount >= 0:
-            raise ValueError(f"{name}: `{field}` must not be negative, got {amount}")
-
-
-def _check_temperature(name: str, temperature: float) -> None:
-    if not temperature >= 0:
-        raise ValueError(f"{name}: `temperature` must not be negative, got {temperature}")
