@@ -33,7 +33,7 @@ train nat "$out/data-distilled" "$out/nat"
 # updates, which shows what these alone would give.
 train cmlm "$out/data" "$out/cmlm-raw" --set training.max_updates=2400
 train janus "$out/data" "$out/janus-raw"
-train ar "$out/data" "$out/ar-more" --set training.max_updates=1600 --set training.lr=1e-3 \
+train ar "$out/data" "$out/ar-more" --set training.max_updates=2400 --set training.lr=1e-3 \
   --set training.warmup_updates=200
 
 # Candidates and prior of the length were chosen on the validation set.
@@ -47,10 +47,7 @@ $pynar evaluate --source "$corpus/test_2016_flickr.de.gz" \
 janus=$out/janus-raw/best parallel=strategy=mask_predict,$length
 $pynar evaluate --source "$corpus/test_2016_flickr.de.gz" \
   --reference "$corpus/test_2016_flickr.en.gz" --json "$out/janus.json" --plot "$out/janus.png" \
-  --model "$out/ar/best" "$out/ar-more/best" \
-  "$out/cmlm-raw/best:iterations=1,$length" "$out/cmlm-raw/best:iterations=2,$length" \
+  --model "$out/ar/best" "$out/ar-more/best" "$out/cmlm-raw/best:iterations=1,$length" \
   "$out/cmlm-raw/best:iterations=4,$length" "$out/cmlm-raw/best:iterations=10,$length" \
   "$janus:strategy=greedy" "$janus:strategy=beam" "$janus:strategy=draft_and_verify" \
-  "$janus:strategy=draft_and_verify,iterations=2" "$janus:strategy=draft_and_verify,top_k=3" \
-  "$janus:$parallel,iterations=1" "$janus:$parallel,iterations=2" "$janus:$parallel,iterations=4" \
-  "$janus:$parallel,iterations=10" "$janus:$parallel,block=4"
+  "$janus:$parallel,iterations=1" "$janus:$parallel,iterations=4" "$janus:$parallel,iterations=10"
