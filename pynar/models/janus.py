@@ -134,7 +134,7 @@ class JANUS(CMLM):
     """One encoder and decoder with autoregressive, masked and auxiliary predictions.
 
     Two-stream attention: masks ("queries") look at the states of true tokens ("contents"). The
-    AR query at position t predicts the token after it; masked tokens are predicted from all others
+    AR query that sees t tokens predicts the next; masked tokens are predicted from all others
     (NAR), and from all others with the true values of those before them (AUX). Losses are the three
     cross-entropies and the symmetric divergences between the three (equations 3 to 8).
     """

@@ -24,7 +24,8 @@ class TwoStreams:
 
     Contents are, for all sentences each, `<s> y` (AR), and U, M and G: the given positions, masks
     for the others, and their true values. Queries are masks at the positions of the AR contents,
-    and masks at the masked positions (AUX). Streams that nobody asked for are left out.
+    or at the next ones, and masks at the masked positions (AUX). Streams that nobody asked for are
+    left out.
     """
 
     rows: PackedRows  # the intervals are of contents
