@@ -27,9 +27,13 @@ from pynar.decoding import (
     BeamSearch,
     DraftAndVerify,
     Greedy,
+    ImportanceWeighted,
+    LatentArgmax,
+    LineTranslator,
     MaskPredict,
+    NoisyParallel,
+    RescoringTranslator,
     Strategy,
-    Translator,
 )
 from pynar.evaluation import machine, measure_speed
 from pynar.evaluation.metrics import repetition
@@ -37,9 +41,10 @@ from pynar.recipes import load_recipe
 
 SIZES = {"train": 25000, "valid": 500, "test": 500}
 STUDENTS = (
+    ("janus", "raw"),
+    ("flowseq", "distilled"),
     ("cmlm", "raw"),
     ("cmlm", "distilled"),
-    ("janus", "raw"),
     ("nat", "raw"),
     ("nat", "distilled"),
 )
@@ -83,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"  {example.source}\n    {' | '.join(sorted(example.readings))}")
     _prepare(output, train, valid)
 
-    _title(console, start, "2. Training: a teacher, its distilled text, and five students")
+    _title(console, start, "2. Training: a teacher, its distilled text, and six students")
     _train_all(options, output)
 
     _title(console, start, "3. Quality and speed, side by side on the test sentences")
@@ -180,14 +185,16 @@ def _train_all(options: argparse.Namespace, output: Path) -> None:
 
 def _training(options: argparse.Namespace, family: str, data: Path, output: Path) -> list[str]:
     recipe = f"quickstart_{family}"
-    changes = {"seed": options.seed}
+    changes = {"training.seed": options.seed}
     if options.updates != 1:
-        training = load_recipe(recipe).training
-        for key in ("max_updates", "warmup_updates", "validate_every", "checkpoint_every"):
-            changes[key] = max(1, round(options.updates * training[key]))
+        loaded = load_recipe(recipe)
+        for part, settings in (("model", loaded.model), ("training", loaded.training)):
+            for key, value in settings.items():
+                if key.endswith(("_updates", "_every")) and key != "log_every" and value > 0:
+                    changes[f"{part}.{key}"] = max(1, round(options.updates * value))
     command = ["train", "--recipe", recipe, "--data", str(data), "--output", str(output)]
     for key, value in changes.items():
-        command += ["--set", f"training.{key}={value}"]
+        command += ["--set", f"{key}={value}"]
     return command
 
 
@@ -208,10 +215,10 @@ def _run_process(name: str, command: list[str], *, threads: int) -> None:
         raise ValueError(f"{name} failed: {last}; to see it: {shlex.join(command)}")
 
 
-def _systems(output: Path) -> list[tuple[str, str, Translator, Strategy]]:
+def _systems(output: Path) -> list[tuple[str, str, LineTranslator, Strategy]]:
     """(system, data, model, strategy) of every row of the table."""
     teacher = pynar.load(output / "teacher" / "best", freeze="fp32")
-    systems: list[tuple[str, str, Translator, Strategy]] = [
+    systems: list[tuple[str, str, LineTranslator, Strategy]] = [
         ("AR greedy", "raw", teacher, Greedy()),
         ("AR beam 5", "raw", teacher, BeamSearch(beam=5)),
     ]
@@ -227,6 +234,15 @@ def _systems(output: Path) -> list[tuple[str, str, Translator, Strategy]]:
         ("JANUS greedy", "raw", janus, Greedy()),
         ("JANUS draft and verify", "raw", janus, DraftAndVerify()),
         ("JANUS 4", "raw", janus, _parallel(4)),
+    ]
+    flowseq = pynar.load(output / "flowseq-distilled" / "best", freeze="fp32")
+    # The paper's numbers of drafts, some lengths with samples of each.
+    iwd = ImportanceWeighted(length_candidates=3, samples=5, temperature=1.0)
+    npd = NoisyParallel(length_candidates=3, samples=10, temperature=1.0)
+    systems += [
+        ("FlowSeq", "distilled", flowseq, LatentArgmax()),
+        ("FlowSeq IWD 15", "distilled", flowseq, iwd),
+        ("FlowSeq NPD 30", "distilled", RescoringTranslator(flowseq, teacher), npd),
     ]
     return systems
 

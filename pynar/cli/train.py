@@ -43,6 +43,8 @@ def run(options: argparse.Namespace) -> None:
             **recipe.model,
         }
     )
+    translate = _Translate(recipe.validation)
+    translate.check(model, tokenizer)
     result = train(
         model,
         options.data,
@@ -50,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
         config,
         init_from=options.init_from,
         resume=options.resume,
-        translate=_Translate(recipe.validation),
+        translate=translate,
     )
     print(f"done after {result.update} updates: {result.averaged or result.best or result.last}")
 
@@ -62,6 +64,18 @@ class _Translate:
         self._options = dict(validation)
         self._strategy = self._options.pop("strategy", None)
 
+    def check(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+        """Before the first update, not at the first validation: can the model decode so?"""
+        try:
+            self._translator(model, tokenizer).strategy(self._strategy, self._options)
+        except ValueError as error:
+            raise ValueError(f"`validation` of the recipe: {error}") from error
+
     def __call__(self, model: nn.Module, tokenizer: Tokenizer, lines: Sequence[str]) -> list[str]:
+        translator = self._translator(model, tokenizer)
+        return translator.translate(lines, self._strategy, **self._options)
+
+    @staticmethod
+    def _translator(model: nn.Module, tokenizer: Tokenizer) -> Translator:
         assert isinstance(model, TranslationModel)
-        return Translator(model, tokenizer).translate(lines, self._strategy, **self._options)
+        return Translator(model, tokenizer)

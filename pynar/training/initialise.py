@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -14,6 +15,9 @@ from pynar import checkpoint
 from pynar.models import TranslationModel, bart
 
 __all__ = ["Initialised", "initialise"]
+
+
+_ABSENT, _FOREIGN = "not there", "of another vocabulary"
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,21 @@ class Initialised:
         total = len(self.taken) + len(self.kept)
         text = f"{len(self.taken)} of {total} weights taken"
         if self.kept:
-            text += "; left as they were: " + ", ".join(f"{n} ({w})" for n, w in self.kept.items())
+            text += f"; left as they were: {_listed(self.kept)}"
         if self.unused:
-            text += "; without use here: " + ", ".join(self.unused)
+            text += f"; without use here: {_listed(dict.fromkeys(self.unused, ''))}"
         return text
+
+
+def _listed(weights: Mapping[str, str]) -> str:
+    """Weights and reasons, if there are many by the first part of their names."""
+    if len(weights) <= 12:
+        return ", ".join(f"{name} ({why})" if why else name for name, why in weights.items())
+    reasons = (why if why in ("", _ABSENT, _FOREIGN) else "shape" for why in weights.values())
+    parts = Counter((name.split(".")[0], why) for name, why in zip(weights, reasons, strict=True))
+    return ", ".join(
+        f"{count} of {part} ({why})".removesuffix(" ()") for (part, why), count in parts.items()
+    )
 
 
 def initialise(model: nn.Module, directory: str | os.PathLike[str]) -> Initialised:
@@ -57,7 +72,7 @@ def initialise(model: nn.Module, directory: str | os.PathLike[str]) -> Initialis
         for name, weight in checkpoint.unique_tensors(model).items():
             if name not in theirs:
                 other = foreign and name.endswith("_embedding.tokens.weight")
-                kept[name] = "of another vocabulary" if other else "not there"
+                kept[name] = _FOREIGN if other else _ABSENT
             elif theirs[name].shape != weight.shape:
                 kept[name] = f"shape {list(theirs[name].shape)}, not {list(weight.shape)}"
             else:

@@ -284,6 +284,14 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys) -> None:
     recipe = ("--recipe", place / "nat.yaml")
     error = fails(capsys, "train", *recipe, "--data", data, "--output", tmp_path / "x", *change)
     assert "warmup_updates" in error
+    # What cannot be validated is refused before it is trained.
+    trained = ("train", "--data", data, "--output", tmp_path / "x", "--recipe")
+    change = ("--set", "validation.beam=5")
+    error = fails(capsys, *trained, place / "cmlm.yaml", *change)
+    assert "`validation`" in error and "beam" in error
+    change = ("--set", "model.length_weight=0", "--set", "validation.strategy=mask_predict")
+    error = fails(capsys, *trained, "quickstart_janus", *change)
+    assert "`validation`" in error and "must be one of beam, greedy" in error
     error = fails(capsys, "evaluate", "--reference", text)
     assert "--hypothesis" in error
     error = fails(capsys, "evaluate", "--reference", text, "--hypothesis", place / "train.source")
