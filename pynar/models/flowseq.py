@@ -315,8 +315,9 @@ class FlowSeq(TranslationModel):
         """Whether the latent variables are used, and by what.
 
         All a step: `kl_token`, the KL divergence (near 0, the decoder does without z);
-        `prior_token`, the cross-entropy of the tokens given the prior's mode instead of the
-        posterior's sample (far above `token`, z says what the prior does not know of);
+        `posterior_token` and `prior_token`, the cross-entropy of the tokens given the posterior's
+        sample and given the prior's mode (far above the other, z says what the prior does not
+        know of; about equal with `kl_token` near 0, z is not used);
         `posterior_mean_std` and `posterior_std`, over steps and within one; `logdet_0` and so on,
         of every level of the flow.
         """
@@ -330,10 +331,15 @@ class FlowSeq(TranslationModel):
         log_q = -0.5 * (posterior.log_variance + noise.square()).sum()
         log_p = logdets.sum() - 0.5 * drawn.square().sum()
         mode, _ = self.sample_prior(torch.zeros_like(noise), example.lengths, memory)
-        states = self.decode_latent(mode, example.lengths, memory, live)
+
+        def token_loss(z: Tensor) -> Tensor:
+            states = self.decode_latent(z, example.lengths, memory, live)
+            return self._token_loss(states, example.labels[live]) / steps
+
         found = {
             "kl_token": (log_q - log_p) / steps,
-            "prior_token": self._token_loss(states, example.labels[live]) / steps,
+            "posterior_token": token_loss(z),
+            "prior_token": token_loss(mode),
             "posterior_mean_std": posterior.mean[live].std(0, correction=0).mean(),
             "posterior_std": (0.5 * posterior.log_variance[live]).exp().mean(),
         }

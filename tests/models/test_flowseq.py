@@ -162,6 +162,7 @@ def test_what_a_validation_logs() -> None:
     spread = torch.cat(means).std(0, correction=0).mean().item()
     assert found["posterior_mean_std"] == pytest.approx(spread)
     assert found["prior_token"] == pytest.approx(mode / steps)
+    assert found["posterior_token"] == pytest.approx(losses["token"].item() / steps)
     levels = [found[f"logdet_{i}"] for i in range(3)]
     assert sum(levels) == pytest.approx(logdet / steps) and 0.0 not in levels
 
