@@ -47,7 +47,8 @@ class FlowSeqConfig(CMLMConfig):
     states and latent variables have `dim`. `token_dropout` hides tokens from the posterior,
     `latent_dropout` steps of the latent variables from the decoder.
     A Transformer decoder gathers the latent variables by attention of positions, as in the paper,
-    which takes many updates to learn; without `latent_attention` each step begins with its own.
+    which takes many updates to learn; without `latent_attention` each step begins with its own,
+    by a linear map whose weight begins at zero.
     """
 
     dim: int = 256
@@ -205,6 +206,9 @@ class FlowSeq(TranslationModel):
         for module in (self.length, self.posterior, self.gather, self.prior):
             if module is not None:
                 module.apply(self._initialise)
+        if isinstance(self.gather, PositionSum):
+            # The decoder begins without latent variables, of which it would have to unlearn noise.
+            nn.init.zeros_(self.gather.value.weight)
         self.mean = WeightNormLinear(config.dim, config.dim)
         self.log_variance = WeightNormLinear(config.dim, config.dim)
         if not config.posterior_std:

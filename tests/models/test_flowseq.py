@@ -283,6 +283,20 @@ def test_the_prior_takes_part_after_the_first_phase(changes: dict) -> None:
     assert not model.begin_update(5, batch, generator)
 
 
+def test_latents_in_place_are_without_effect_in_the_beginning_alone() -> None:
+    torch.manual_seed(0)
+    model = build({"model": "flowseq", **SIZES, "latent_attention": False}).train()
+    batch = make_batch()
+    example = model.corrupt(batch, torch.Generator().manual_seed(2))
+    memory = model.encode(batch.source, batch.source_lengths)
+    states = [
+        model.decode_latent(z, example.lengths, memory) for z in (example.noise, -3 * example.noise)
+    ]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    model(example)["token"].backward()
+    assert model.gather.value.weight.grad.any()
+
+
 @pytest.mark.parametrize("std", [0.0, 0.05])
 @every_variant
 def test_how_the_posterior_begins(changes: dict, std: float) -> None:
