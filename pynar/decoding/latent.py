@@ -200,11 +200,31 @@ class ImportanceWeighted(_Latent):
         drafts = _draft(model, memory, names, self)
         tokens, lengths, log_probs = drafts.tokens, drafts.lengths, drafts.log_probs
         prior = log_probs.repeat_interleave(self.samples, 1)
-        scores = self._score(model, tokens, memory, names).view_as(prior)
+        scores = self._score_distinct(model, tokens.unflatten(0, prior.shape), memory, names)
         scores = (scores + prior) / lengths.repeat_interleave(self.samples, 1)
         # The decoder runs for the drafts, and again for what the posterior makes of them.
         passes = torch.full_like(source_lengths, 2)
         return _choose(tokens.unflatten(0, scores.shape), scores, self.n_best, passes)
+
+    def _score_distinct(
+        self, model: FlowSeq, tokens: Tensor, memory: Memory, names: Sequence[int]
+    ) -> Tensor:
+        """Scores `[B, n]` of drafts `[B, n, T]`, of which equal ones are scored once.
+
+        Equal drafts have equal noise, so that nothing else changes.
+        """
+        ended = ((tokens == EOS) | (tokens == PAD)).cumsum(2) > 0
+        tokens = tokens.masked_fill(ended, PAD)
+        equal = (tokens[:, :, None] == tokens[:, None]).all(3)
+        first = equal.int().argmax(2)
+        distinct = first == torch.arange(first.shape[1], device=first.device)
+        order = distinct.int().argsort(dim=1, descending=True, stable=True)
+        most = int(distinct.sum(1).max()) if distinct.numel() else 0
+        order = order[:, :most]  # of a sentence with fewer, some of the others
+        taken = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
+        found = self._score(model, taken.flatten(0, 1), memory, names).view_as(order)
+        scores = found.new_zeros(first.shape).scatter(1, order, found)
+        return scores.gather(1, first)
 
     def _score(
         self, model: FlowSeq, tokens: Tensor, memory: Memory, names: Sequence[int]

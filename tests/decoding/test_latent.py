@@ -197,6 +197,27 @@ def test_importance_weights_by_hand(model: FlowSeq) -> None:
         )
 
 
+def test_equal_drafts_are_scored_once(model: FlowSeq, monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = ImportanceWeighted(importance_samples=2)
+    memory, names = model.encode(SOURCE, LENGTHS), range(3)
+    tokens = torch.randint(4, 9, (3, 6, 8), generator=torch.Generator().manual_seed(0))
+    tokens[0, :, 3], tokens[1, 2:, 0] = EOS, PAD  # a short one; and empty ones, but for two
+    tokens[0, 4], tokens[0, 5] = tokens[0, 1], tokens[0, 1]
+    tokens[0, 5, 4:] = 7  # which follows the end
+    tokens[2] = tokens[2, :1]
+    with torch.inference_mode():
+        every = strategy._score(model, tokens.flatten(0, 1), memory, names).view(3, 6)
+    counts = []
+    infer = model.infer
+    monkeypatch.setattr(
+        model, "infer", lambda y, *rest: (counts.append(len(y)), infer(y, *rest))[1]
+    )
+    with torch.inference_mode():
+        found = strategy._score_distinct(model, tokens, memory, names)
+    torch.testing.assert_close(found, every, rtol=1e-5, atol=1e-5)
+    assert counts == [3 * 4]  # four of the first sentence, three and one of the others
+
+
 FEW = {"length_candidates": 2, "samples": 2}
 STRATEGIES = (LatentArgmax(), NoisyParallel(**FEW), ImportanceWeighted(**FEW))
 RECURRENT = [
