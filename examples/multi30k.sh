@@ -29,6 +29,8 @@ train() {
 train cmlm "$out/data-distilled" "$out/cmlm"
 train nat "$out/data" "$out/nat-raw"
 train nat "$out/data-distilled" "$out/nat"
+train flowseq "$out/data" "$out/flowseq-raw"
+train flowseq "$out/data-distilled" "$out/flowseq"
 # JANUS, and what it is compared with, on real text: a CMLM, and the teacher trained on for as many
 # updates, which shows what these alone would give.
 train cmlm "$out/data" "$out/cmlm-raw" --set training.max_updates=2400
@@ -51,3 +53,12 @@ $pynar evaluate --source "$corpus/test_2016_flickr.de.gz" \
   "$out/cmlm-raw/best:iterations=4,$length" "$out/cmlm-raw/best:iterations=10,$length" \
   "$janus:strategy=greedy" "$janus:strategy=beam" "$janus:strategy=draft_and_verify" \
   "$janus:$parallel,iterations=1" "$janus:$parallel,iterations=4" "$janus:$parallel,iterations=10"
+
+# FlowSeq; drafts are chosen by the teacher (NPD) or by the model itself (IWD).
+drafts=length_candidates=3,temperature=1
+npd=strategy=npd,rescorer=$out/ar/best,$drafts
+$pynar evaluate --source "$corpus/test_2016_flickr.de.gz" \
+  --reference "$corpus/test_2016_flickr.en.gz" --json "$out/flowseq.json" --model "$out/ar/best" \
+  "$out/flowseq-raw/best" "$out/flowseq-raw/best:$npd,samples=10" "$out/flowseq/best" \
+  "$out/flowseq/best:strategy=iwd,samples=5,$drafts" "$out/flowseq/best:$npd,samples=5" \
+  "$out/flowseq/best:$npd,samples=10"

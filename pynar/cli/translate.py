@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="checkpoint or exported model")
     parser.add_argument("--input", help="file, plain or gzipped; standard input if not given")
     parser.add_argument("--output", help="file; standard output if not given")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="source tokens a batch")
+    parser.add_argument(
+        "--max-tokens", type=int, default=4096, help="source tokens a batch, times drafts"
+    )
     parser.add_argument("--max-source-tokens", type=int, default=200, help="see --on-long")
     parser.add_argument(
         "--on-long", choices=("split", "error"), default="split", help="for longer lines"

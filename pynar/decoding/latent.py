@@ -76,6 +76,11 @@ class _Latent:
             if not (amount := getattr(self, field)) >= 0:
                 raise ValueError(f"{own}: `{field}` must not be negative, got {amount}")
 
+    @property
+    def drafts(self) -> int:
+        """Of a sentence, all decoded at once: a translator takes as many fewer sentences."""
+        return self.samples * getattr(self, "length_candidates", 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentArgmax(_Latent):
@@ -219,11 +224,16 @@ class ImportanceWeighted(_Latent):
         first = equal.int().argmax(2)
         distinct = first == torch.arange(first.shape[1], device=first.device)
         order = distinct.int().argsort(dim=1, descending=True, stable=True)
-        most = int(distinct.sum(1).max()) if distinct.numel() else 0
-        order = order[:, :most]  # of a sentence with fewer, some of the others
-        taken = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
-        found = self._score(model, taken.flatten(0, 1), memory, names).view_as(order)
-        scores = found.new_zeros(first.shape).scatter(1, order, found)
+        counts = distinct.sum(1)
+        scores = torch.zeros(first.shape, device=first.device)
+        # Sentences with as many go together, so that the drafts of each are.
+        for count in counts.unique().tolist():
+            group = (counts == count).nonzero()[:, 0]
+            kept = order[group, :count]
+            taken = tokens[group[:, None], kept].flatten(0, 1)
+            own = [names[i] for i in group.tolist()]
+            found = self._score(model, taken, memory.select(group), own).view_as(kept)
+            scores[group[:, None], kept] = found.float()
         return scores.gather(1, first)
 
     def _score(

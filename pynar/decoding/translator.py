@@ -189,8 +189,10 @@ class LineTranslator:
         """Translations of source ids without EOS; no source may be empty.
 
         `names` are numbers for the sentences, from which `Sampling` draws; their places if None.
+        Of a strategy with `drafts` a batch has `max_tokens` with each sentence counted as often.
         """
         names = range(len(sources)) if names is None else names
+        max_tokens = max(max_tokens // getattr(strategy, "drafts", 1), 1)
         results: list[Translation | None] = [None] * len(sources)
         for batch in _batches([len(ids) for ids in sources], max_tokens):
             decoded = self._decode_batch(

@@ -215,7 +215,7 @@ def test_equal_drafts_are_scored_once(model: FlowSeq, monkeypatch: pytest.Monkey
     with torch.inference_mode():
         found = strategy._score_distinct(model, tokens, memory, names)
     torch.testing.assert_close(found, every, rtol=1e-5, atol=1e-5)
-    assert counts == [3 * 4]  # four of the first sentence, three and one of the others
+    assert counts == [1, 3, 4]  # of the third, the second and the first sentence
 
 
 FEW = {"length_candidates": 2, "samples": 2}

@@ -11,6 +11,7 @@ from pynar.decoding import (
     BeamSearch,
     Greedy,
     MaskPredict,
+    NoisyParallel,
     Sampling,
     Strategy,
     Translation,
@@ -117,6 +118,19 @@ def test_translate_is_the_text_of_decode(lines, tokenizer) -> None:
     results = translator.decode(lines, "mask_predict", options={"iterations": 3})
     assert translator.translate(lines, iterations=3) == [result.text for result in results]
     assert {result.passes for result in results} == {3}
+
+
+@pytest.mark.parametrize(("chosen", "sizes"), [(Greedy(), [4]), (NoisyParallel(), [1] * 4)])
+def test_a_batch_counts_the_drafts_of_each_sentence(chosen, sizes, tokenizer, monkeypatch) -> None:
+    translator, found = make("autoregressive", tokenizer), []
+
+    def decode(sources, names, decoding):
+        found.append(len(sources))
+        return [Translation("", 0.0, 1)] * len(sources)
+
+    monkeypatch.setattr(translator, "_decode_batch", decode)
+    translator.decode_ids([[7, 8, 9]] * 4, chosen, max_tokens=4 * 16)
+    assert found == sizes
 
 
 @pytest.mark.parametrize("names", [[7, 3, 5], [0, 1, 2]])
