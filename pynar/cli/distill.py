@@ -18,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="directory of the distilled corpus")
     parser.add_argument("--shard-size", type=int, default=2000, help="pairs between two savings")
     parser.add_argument(
-        "--max-tokens", type=int, default=2048, help="source tokens a batch, times drafts"
+        "--max-tokens",
+        type=int,
+        default=2048,
+        help="source tokens a batch, once for each draft of npd, iwd",
     )
     add_engine_arguments(parser, default="auto")
     add_decoding_arguments(parser)

@@ -185,16 +185,14 @@ def _train_all(options: argparse.Namespace, output: Path) -> None:
 
 def _training(options: argparse.Namespace, family: str, data: Path, output: Path) -> list[str]:
     recipe = f"quickstart_{family}"
-    changes = {"training.seed": options.seed}
+    changes = {"seed": options.seed}
     if options.updates != 1:
-        loaded = load_recipe(recipe)
-        for part, settings in (("model", loaded.model), ("training", loaded.training)):
-            for key, value in settings.items():
-                if key.endswith(("_updates", "_every")) and key != "log_every" and value > 0:
-                    changes[f"{part}.{key}"] = max(1, round(options.updates * value))
+        training = load_recipe(recipe).training
+        for key in ("max_updates", "warmup_updates", "validate_every", "checkpoint_every"):
+            changes[key] = max(1, round(options.updates * training[key]))
     command = ["train", "--recipe", recipe, "--data", str(data), "--output", str(output)]
     for key, value in changes.items():
-        command += ["--set", f"{key}={value}"]
+        command += ["--set", f"training.{key}={value}"]
     return command
 
 

@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", help="file, plain or gzipped; standard input if not given")
     parser.add_argument("--output", help="file; standard output if not given")
     parser.add_argument(
-        "--max-tokens", type=int, default=4096, help="source tokens a batch, times drafts"
+        "--max-tokens",
+        type=int,
+        default=4096,
+        help="source tokens a batch, once for each draft of npd, iwd",
     )
     parser.add_argument("--max-source-tokens", type=int, default=200, help="see --on-long")
     parser.add_argument(

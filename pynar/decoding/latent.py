@@ -226,7 +226,7 @@ class ImportanceWeighted(_Latent):
         order = distinct.int().argsort(dim=1, descending=True, stable=True)
         counts = distinct.sum(1)
         scores = torch.zeros(first.shape, device=first.device)
-        # Sentences with as many go together, so that the drafts of each are.
+        # The decoder wants as many drafts of every sentence: those with equally many go together.
         for count in counts.unique().tolist():
             group = (counts == count).nonzero()[:, 0]
             kept = order[group, :count]

@@ -189,7 +189,7 @@ class LineTranslator:
         """Translations of source ids without EOS; no source may be empty.
 
         `names` are numbers for the sentences, from which `Sampling` draws; their places if None.
-        Of a strategy with `drafts` a batch has `max_tokens` with each sentence counted as often.
+        A sentence counts `strategy.drafts` times, where a strategy has them (NPD, IWD).
         """
         names = range(len(sources)) if names is None else names
         max_tokens = max(max_tokens // getattr(strategy, "drafts", 1), 1)

@@ -120,7 +120,7 @@ def test_translate_is_the_text_of_decode(lines, tokenizer) -> None:
     assert {result.passes for result in results} == {3}
 
 
-@pytest.mark.parametrize(("chosen", "sizes"), [(Greedy(), [4]), (NoisyParallel(), [1] * 4)])
+@pytest.mark.parametrize(("chosen", "sizes"), [(Greedy(), [6]), (NoisyParallel(), [2] * 3)])
 def test_a_batch_counts_the_drafts_of_each_sentence(chosen, sizes, tokenizer, monkeypatch) -> None:
     translator, found = make("autoregressive", tokenizer), []
 
@@ -129,7 +129,7 @@ def test_a_batch_counts_the_drafts_of_each_sentence(chosen, sizes, tokenizer, mo
         return [Translation("", 0.0, 1)] * len(sources)
 
     monkeypatch.setattr(translator, "_decode_batch", decode)
-    translator.decode_ids([[7, 8, 9]] * 4, chosen, max_tokens=4 * 16)
+    translator.decode_ids([[7, 8, 9]] * 6, chosen, max_tokens=2 * 4 * 30)
     assert found == sizes
 
 
