@@ -393,15 +393,17 @@ def test_training_with_another_vocabulary_begins_with_the_body(
     sizes = {"source_vocabulary": vocabulary, "target_vocabulary": vocabulary}
     model = build({"model": "janus", **FITTING, **sizes, "decoder_layers": 1})
     before = model.source_embedding.tokens.weight.clone()
-    text = str(initialise(model, tmp_path))
+    found = initialise(model, tmp_path)
     ours, _ = load_bart(tmp_path)
     expected = ours.state_dict()
     for name, tensor in model.state_dict().items():
         if not name.startswith("length.") and ".tokens." not in name:
             assert torch.equal(tensor, expected[name]), name
     assert torch.equal(model.source_embedding.tokens.weight, before)
-    assert "source_embedding.tokens.weight (of another vocabulary)" in text
-    assert "decoder.layers.1.feed_forward.inner.weight" in text.split("without use here: ")[1]
+    assert found.kept["source_embedding.tokens.weight"] == "of another vocabulary"
+    assert "decoder.layers.1.feed_forward.inner.weight" in found.unused
+    assert "source_embedding.tokens.weight (of another vocabulary)" in str(found)
+    assert "20 of decoder" in str(found)
 
 
 @pytest.mark.parametrize(
