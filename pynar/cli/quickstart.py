@@ -42,8 +42,8 @@ from pynar.recipes import load_recipe
 SIZES = {"train": 25000, "valid": 500, "test": 500}
 STUDENTS = (
     ("janus", "raw"),
-    ("flowseq", "distilled"),
     ("cmlm", "raw"),
+    ("flowseq", "distilled"),
     ("cmlm", "distilled"),
     ("nat", "raw"),
     ("nat", "distilled"),
