@@ -10,16 +10,17 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pynar.decoding.hypotheses import Hypotheses
 from pynar.models import TranslationModel
 from pynar.ops._operator import implementation
 from pynar.symbols import EOS, PAD
 
-__all__ = ["MOST_POSITIONS", "Graphs", "graphs_of", "row_bucket", "width_bucket"]
+__all__ = ["MOST_POSITIONS", "Graphs", "by_graph", "graphs_of", "row_bucket", "width_bucket"]
 
 # Larger batches keep the GPU busy without graphs, and padding to a bucket would cost them more
 # than the launches. Counted on both sides, candidates and padding included.
@@ -37,9 +38,9 @@ def row_bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def width_bucket(width: int, longest: int | None) -> int:
-    """The multiple of 8 that `width` tokens are padded to, if the model has so many positions."""
-    padded = -(-width // 8) * 8
+def width_bucket(width: int, longest: int | None, multiple: int = 8) -> int:
+    """The multiple that `width` tokens are padded to, if the model has so many positions."""
+    padded = -(-width // multiple) * multiple
     return padded if longest is None else max(width, min(padded, longest))
 
 
@@ -176,8 +177,8 @@ class Graphs:
             self._failed = True
             warnings.warn(
                 f"CUDA graphs are not used for this model, because capturing one failed; decoding "
-                f"goes on without (MaskPredict's `graphs=False` never tries). {error}",
-                stacklevel=5,
+                f"goes on without (the strategy's `graphs=False` never tries). {error}",
+                stacklevel=6,
             )
             return None
 
@@ -200,3 +201,62 @@ def graphs_of(model: TranslationModel, source: Tensor) -> Graphs | None:
         model.graphs = Graphs()
     graphs: Any = model.graphs
     return graphs
+
+
+class Limited(Protocol):
+    """A strategy that gives a source of S tokens at most `max_ratio` * S + `max_extra` tokens."""
+
+    @property
+    def max_ratio(self) -> float: ...
+    @property
+    def max_extra(self) -> int: ...
+
+
+def by_graph(
+    strategy: Limited,
+    search: Callable[..., Hypotheses],
+    model: TranslationModel,
+    source: Tensor,
+    source_lengths: Tensor,
+    target_lengths: Tensor | None = None,
+    *,
+    candidates: int = 1,
+    longest: int = 0,
+    multiple: int = 8,
+) -> Hypotheses | None:
+    """`search(source, source_lengths, [target_lengths,] width=...)` by a captured graph.
+
+    All that `search` depends on beside these is the hashable `strategy` and the model's weights; it
+    must not wait for the device. Given `target_lengths: [B, ...]` are at most `longest`. The width
+    of its results is a multiple of `multiple` where the model has no longest sequence.
+
+    Returns:
+        None where graphs cannot be used, or where the batch is too large for them.
+    """
+    graphs = graphs_of(model, source) if source.numel() else None
+    if graphs is None:
+        return None
+    rows, span = row_bucket(len(source)), width_bucket(source.shape[1], model.longest)
+    shapes: list[tuple[int, ...]] = [(rows, span), (rows,)]
+    inputs: Outputs = (source, source_lengths)
+    if target_lengths is None:
+        # What the bucket's longest source may give, so that the width itself limits nothing;
+        # one more, because `length_limits` may round otherwise.
+        longest = int(span * strategy.max_ratio) + strategy.max_extra + 1
+        longest = min(longest, model.longest or longest)
+    else:
+        shapes.append((rows, *target_lengths.shape[1:]))
+        inputs += (target_lengths,)
+    width = width_bucket(longest, model.longest, multiple)
+    if rows * max(span, candidates * width) > MOST_POSITIONS:
+        return None
+
+    def decode(*inputs: Tensor) -> Outputs:
+        found = search(*inputs, width=width)
+        return found.tokens, found.lengths, found.scores, found.passes
+
+    results = graphs.run((strategy, width), shapes, model, decode, inputs)
+    if results is None:
+        return None
+    tokens, lengths, scores, passes = results
+    return Hypotheses(tokens, lengths, scores, passes)

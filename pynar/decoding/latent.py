@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pynar.decoding.autoregressive import length_limits
+from pynar.decoding.graphs import by_graph
 from pynar.decoding.hypotheses import Hypotheses
 from pynar.models.flowseq import FlowSeq, fill_with_eos
 from pynar.nn.attention import padding_mask
@@ -47,13 +49,16 @@ def _lengths(
     return (lengths.clamp(min=1) + multiple - 1) // multiple * multiple, log_probs
 
 
-def _choose(tokens: Tensor, scores: Tensor, n_best: int, passes: Tensor) -> Hypotheses:
-    """The best of `tokens: [B, n, T]`, each cut at its first EOS."""
+def _choose(
+    tokens: Tensor, scores: Tensor, n_best: int, passes: Tensor, width: int | None = None
+) -> Hypotheses:
+    """The best of `tokens: [B, n, T]`, each cut at its first EOS; as wide as need be or given."""
     best, order = scores.topk(min(n_best, scores.shape[1]), 1)
     tokens = tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
     ended = ((tokens == EOS) | (tokens == PAD)).cumsum(2) > 0
     lengths = (~ended).sum(2)
-    width = int(lengths.max()) if lengths.numel() else 0
+    if width is None:
+        width = int(lengths.max()) if lengths.numel() else 0
     return Hypotheses(tokens.masked_fill(ended, PAD)[..., :width], lengths, best, passes)
 
 
@@ -88,7 +93,12 @@ class LatentArgmax(_Latent):
 
     With several `samples` of noise from N(0, temperature^2), those that the prior finds most
     probable. Scores are log p(z | x) without the constant of the normal distribution.
+
+    On CUDA a frozen model decodes small batches by captured CUDA graphs, as `MaskPredict` does,
+    unless noise is drawn, which the host does for known lengths; `graphs=False` does without.
     """
+
+    graphs: bool = True
 
     @torch.inference_mode()
     def decode(
@@ -104,35 +114,67 @@ class LatentArgmax(_Latent):
 
         With `target_lengths: [B]` to these lengths, but for sentences that end before.
         """
+        longest, multiple = 0, model.config.multiple
+        if target_lengths is not None:
+            on_host = target_lengths.tolist()
+            if target_lengths.shape != source_lengths.shape or min(on_host, default=1) < 1:
+                raise ValueError(
+                    f"LatentArgmax: `target_lengths` must be {len(source_lengths)} positive "
+                    f"lengths, got {on_host}"
+                )
+            longest = -(-max(on_host, default=1) // multiple) * multiple
+            target_lengths = target_lengths.to(source.device)
+        if self.graphs and self.samples == 1:
+            search = functools.partial(self._search, model)
+            inputs = model, source, source_lengths, target_lengths
+            found = by_graph(self, search, *inputs, longest=longest, multiple=max(8, multiple))
+            if found is not None:
+                return found
+        return self._search(model, source, source_lengths, target_lengths, indices=indices)
+
+    def _search(
+        self,
+        model: FlowSeq,
+        source: Tensor,
+        source_lengths: Tensor,
+        target_lengths: Tensor | None = None,
+        *,
+        indices: Tensor | None = None,
+        width: int | None = None,
+    ) -> Hypotheses:
+        """From sentences to hypotheses.
+
+        With a `width`, a multiple of the model's, the latent variables and the tokens have it,
+        whatever the lengths are, and without noise nothing waits for the device.
+        """
         memory = model.encode(source, source_lengths)
         if target_lengths is None:
             lengths, _ = _lengths(model, memory, 1, self.max_ratio, self.max_extra)
         else:
-            if target_lengths.shape != source_lengths.shape or (target_lengths < 1).any():
-                raise ValueError(
-                    f"LatentArgmax: `target_lengths` must be {len(source_lengths)} positive "
-                    f"lengths, got shape {list(target_lengths.shape)}"
-                )
             multiple = model.config.multiple
             lengths = ((target_lengths + multiple - 1) // multiple * multiple)[:, None]
-        width = int(lengths.max()) if len(lengths) else 0
+        steps = width
+        if steps is None:
+            steps = int(lengths.max()) if len(lengths) else 0
         if self.samples == 1:
-            noise = torch.zeros(len(source), width, model.config.dim, device=source.device)
+            noise = torch.zeros(len(source), steps, model.config.dim, device=source.device)
         else:
             names = range(len(source)) if indices is None else indices.tolist()
-            noise = _noise(self.seed, names, lengths, self.samples, width, model.config.dim)
+            noise = _noise(self.seed, names, lengths, self.samples, steps, model.config.dim)
         z, scores = model.sample_prior(
             noise * self.temperature, lengths.repeat_interleave(self.samples), memory
         )
         scores = scores.view(len(source), self.samples)
-        best = scores.argmax(1)
-        z = z.unflatten(0, scores.shape)[torch.arange(len(source)), best]
-        tokens, _ = _tokens(model, z, lengths[:, 0], memory)
-        best_score = scores.gather(1, best[:, None])
+        if self.samples > 1:
+            scores, best = scores.max(1, keepdim=True)
+            z = z.unflatten(0, (-1, self.samples))
+            z = z.gather(1, best[..., None, None].expand(-1, -1, *z.shape[2:])).squeeze(1)
+        tokens, _ = _tokens(model, z, lengths[:, 0], memory, select=width is None)
         if target_lengths is not None:
             beyond = torch.arange(tokens.shape[1], device=tokens.device) >= target_lengths[:, None]
             tokens = tokens.masked_fill(beyond, PAD)
-        return _choose(tokens[:, None], best_score, 1, torch.ones_like(source_lengths))
+        passes = torch.ones_like(source_lengths)
+        return _choose(tokens[:, None], scores, 1, passes, width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,9 +333,20 @@ def _draft(
     return _Drafts(lengths, log_probs, rows, *_tokens(model, z, rows, memory))
 
 
-def _tokens(model: FlowSeq, z: Tensor, lengths: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-    """The most probable tokens `[B * n, T]` of latent variables, and their log p(y | z, x)."""
+def _tokens(
+    model: FlowSeq, z: Tensor, lengths: Tensor, memory: Memory, select: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The most probable tokens `[B * n, T]` of latent variables, and their log p(y | z, x).
+
+    To `select` the live steps a GPU has to say how many they are; otherwise all are computed.
+    """
     live = padding_mask(lengths, z.shape[1])[:, 0, 0]
-    best, log_probs, _ = model.best(model.decode_latent(z, lengths, memory, live))
-    tokens = torch.full(live.shape, PAD, device=z.device).masked_scatter(live, best)
-    return tokens, log_probs.new_zeros(live.shape).masked_scatter(live, log_probs).sum(1)
+    states = model.decode_latent(z, lengths, memory, live if select else None)
+    best, log_probs, _ = model.best(states.flatten(0, -2))
+    if select:
+        tokens = torch.full(live.shape, PAD, device=z.device).masked_scatter(live, best)
+        log_probs = log_probs.new_zeros(live.shape).masked_scatter(live, log_probs)
+    else:
+        tokens = best.view(live.shape).masked_fill(~live, PAD)
+        log_probs = log_probs.view(live.shape).masked_fill(~live, 0)
+    return tokens, log_probs.sum(1)

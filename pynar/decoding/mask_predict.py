@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pynar.decoding.autoregressive import length_limits
-from pynar.decoding.graphs import MOST_POSITIONS, graphs_of, row_bucket, width_bucket
+from pynar.decoding.graphs import by_graph
 from pynar.decoding.hypotheses import Hypotheses
 from pynar.models.cmlm import CMLM
 from pynar.nn.kept import SMALL, kept
@@ -78,7 +79,19 @@ class MaskPredict:
         if target_lengths is not None:
             longest = self._longest(target_lengths, source_lengths)
             target_lengths = target_lengths.to(source.device)
-        found = self._by_graph(model, source, source_lengths, target_lengths, longest)
+        found = None
+        if self.graphs and not self.trace:
+            candidates = min(self.length_candidates, model.length.classes)
+            found = by_graph(
+                self,
+                functools.partial(self._search, model),
+                model,
+                source,
+                source_lengths,
+                target_lengths,
+                candidates=candidates if target_lengths is None else target_lengths.shape[1],
+                longest=longest,
+            )
         if found is None:
             found = self._search(model, source, source_lengths, target_lengths)
         return found
@@ -94,47 +107,6 @@ class MaskPredict:
         if min(on_host, default=1) < 1:
             raise ValueError("MaskPredict: `target_lengths` must be positive")
         return max(on_host, default=0)
-
-    def _by_graph(
-        self,
-        model: CMLM,
-        source: Tensor,
-        source_lengths: Tensor,
-        target_lengths: Tensor | None,
-        longest: int,
-    ) -> Hypotheses | None:
-        """The hypotheses by a captured graph; None where that is not possible or not wanted."""
-        if not self.graphs or self.trace or source.numel() == 0:
-            return None
-        graphs = graphs_of(model, source)
-        if graphs is None:
-            return None
-        rows, span = row_bucket(len(source)), width_bucket(source.shape[1], model.longest)
-        shapes: list[tuple[int, ...]] = [(rows, span), (rows,)]
-        inputs: tuple[Tensor, ...] = (source, source_lengths)
-        candidates = min(self.length_candidates, model.length.classes)
-        if target_lengths is None:
-            # What the bucket's longest source may give, so that the width itself limits nothing;
-            # one more, because `length_limits` may round otherwise.
-            longest = int(span * self.max_ratio) + self.max_extra + 1
-            longest = min(longest, model.longest or longest)
-        else:
-            candidates = target_lengths.shape[1]
-            shapes.append((rows, candidates))
-            inputs += (target_lengths,)
-        width = width_bucket(longest, model.longest)
-        if rows * max(span, candidates * width) > MOST_POSITIONS:
-            return None
-
-        def decode(*inputs: Tensor) -> tuple[Tensor, ...]:
-            found = self._search(model, *inputs, width=width)
-            return found.tokens, found.lengths, found.scores, found.passes
-
-        results = graphs.run((self, width), shapes, model, decode, inputs)
-        if results is None:
-            return None
-        tokens, lengths, scores, passes = results
-        return Hypotheses(tokens, lengths, scores, passes)
 
     def _search(
         self,

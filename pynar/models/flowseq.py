@@ -402,7 +402,7 @@ class FlowSeq(TranslationModel):
         """Decoder states `[B * n, T, C]` of latent variables, or `[N, C]` of those `wanted`."""
         z = z.to(memory.states.dtype)
         if self.gather is not None:
-            positions = sinusoids(z.shape[1] + 1, z.shape[2])[1:].to(z)
+            positions = sinusoids(z.shape[1] + 1, z.shape[2], z.device)[1:].to(z.dtype)
             z = self.gather(z, positions, padding_intervals(lengths, z.shape[1]))
             z = self.dropout(z)
         return self.decoder(z, memory, lengths, wanted)  # type: ignore[no-any-return]

@@ -12,14 +12,15 @@ from pynar.symbols import PAD
 __all__ = ["Embedding", "sinusoids"]
 
 
-def sinusoids(length: int, dim: int) -> Tensor:
+def sinusoids(length: int, dim: int, device: torch.device | None = None) -> Tensor:
     """Sinusoidal positions `[length, dim]`: all sines, then all cosines (tensor2tensor layout).
 
     Position t, frequency k: sin and cos of t * exp(-k * ln(10000) / (dim / 2 - 1)).
     """
     half = dim // 2
-    frequency = torch.exp(torch.arange(half) * (-math.log(10000.0) / max(half - 1, 1)))
-    angle = torch.arange(length)[:, None] * frequency
+    steps = torch.arange(half, device=device)
+    frequency = torch.exp(steps * (-math.log(10000.0) / max(half - 1, 1)))
+    angle = torch.arange(length, device=device)[:, None] * frequency
     table = torch.cat([angle.sin(), angle.cos()], dim=1)
     return torch.nn.functional.pad(table, (0, dim - 2 * half))
 

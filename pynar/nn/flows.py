@@ -94,7 +94,7 @@ class _Rows:
         ends = torch.stack([torch.zeros_like(source_lengths), source_lengths], -1).int()
         reads = ends[:, None, None].repeat(1, candidates * width, 1, 1)
         # The first position of the released code is 1.
-        positions = sinusoids(width + 1, dim)[1:].to(like)
+        positions = sinusoids(width + 1, dim, like.device)[1:].to(like.dtype)
         sees = padding_intervals(lengths, width)
         return _Rows(lengths, source_lengths, sees, reads, positions)
 

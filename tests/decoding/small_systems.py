@@ -17,7 +17,7 @@ from pynar.decoding import (
     Sampling,
     Strategy,
 )
-from pynar.models import AutoregressiveTransformer, TranslationModel, build
+from pynar.models import AutoregressiveTransformer, FlowSeq, TranslationModel, build
 from pynar.symbols import BOS, EOS, MASK, NUM_SPECIAL, PAD
 
 SIZES = {"dim": 16, "ffn_dim": 24, "heads": 2, "encoder_layers": 1, "decoder_layers": 2}
@@ -29,6 +29,21 @@ def make_model(name: str, vocabulary: int = 11, **changes: Any) -> TranslationMo
     So its sentences differ in words and length, and it is seldom sure: all that decoding meets.
     """
     return copy.deepcopy(_trained(name, vocabulary, tuple(changes.items())))
+
+
+def make_flowseq(**changes: Any) -> FlowSeq:
+    """A tiny FlowSeq of random weights: what it says means nothing, and differs by sentence."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"source_vocabulary": 13, "target_vocabulary": 13, **SIZES, "ffn_dim": 12}
+        layers = {"posterior_layers": 1, "decoder_layers": 1, "max_length": 64}
+        flow = {"flow_steps": [1, 1, 1], "flow_ffn_dim": 8}
+        made = build({"model": "flowseq", **sizes, **layers, **flow, **changes})
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    assert isinstance(made, FlowSeq)
+    return made.eval()
 
 
 @functools.cache

@@ -12,17 +12,42 @@ from typing import Any
 
 import pytest
 import torch
-from small_systems import LENGTHS, SYSTEMS, assert_same, make_model, make_source, take
+from small_systems import LENGTHS, SYSTEMS, assert_same, make_flowseq, make_model, make_source, take
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pynar.decoding import Hypotheses, MaskPredict
+from pynar.decoding import Hypotheses, LatentArgmax, MaskPredict
 from pynar.decoding.graphs import Graphs, graphs_of, row_bucket, width_bucket
 from pynar.symbols import EOS, PAD
 
-PARALLEL = {name: row for name, row in SYSTEMS.items() if isinstance(row[2], MaskPredict)}
+LATENT: dict[str, tuple[str, dict[str, Any], LatentArgmax]] = {
+    "flowseq": ("flowseq", {}, LatentArgmax()),
+    "flowseq-sixteen": (
+        "flowseq",
+        {"flow_steps": [1] * 5, "length_kind": "logistic", "dim": 8},
+        LatentArgmax(),
+    ),
+    "flowseq-learned": (
+        "flowseq",
+        {"latent_attention": False, "positions": "learned", "position_attention": False},
+        LatentArgmax(),
+    ),
+    "flowseq-rnn": (
+        "flowseq",
+        {"network": "rnn", "flow_network": "rnn", "positions": "none", "flow_steps": [1]},
+        LatentArgmax(),
+    ),
+}
+PARALLEL: dict[str, tuple[str, dict[str, Any], Any]] = {
+    **{name: row for name, row in SYSTEMS.items() if isinstance(row[2], MaskPredict)},
+    **LATENT,
+}
 every_system = pytest.mark.parametrize("system", PARALLEL)
+
+
+def make(name: str, changes: dict[str, Any]) -> Any:
+    return make_flowseq(**changes) if name == "flowseq" else make_model(name, **changes)
 
 
 class StandIn:
@@ -55,18 +80,18 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         model.graphs = model.graphs or Graphs(stand_in)
         return model.graphs
 
-    monkeypatch.setattr("pynar.decoding.mask_predict.graphs_of", of)
+    monkeypatch.setattr("pynar.decoding.graphs.graphs_of", of)
     yield stand_in
 
 
-def eager(strategy: MaskPredict, *arguments: Any, **options: Any) -> Hypotheses:
+def eager(strategy: Any, *arguments: Any, **options: Any) -> Hypotheses:
     return replace(strategy, graphs=False).decode(*arguments, **options)
 
 
 @every_system
 def test_a_graph_gives_what_decoding_without_gives(system: str, capture: StandIn) -> None:
     name, changes, strategy = PARALLEL[system]
-    model = make_model(name, **changes)
+    model = make(name, changes)
     for lengths in (LENGTHS, [1], [3, 8], [8, 1, 2, 8], [9, 17]):
         batch = make_source(lengths)
         assert_same(strategy.decode(model, *batch), eager(strategy, model, *batch))
@@ -76,7 +101,7 @@ def test_a_graph_gives_what_decoding_without_gives(system: str, capture: StandIn
 @every_system
 def test_replays_follow_their_inputs_and_results_stay(system: str, capture: StandIn) -> None:
     name, changes, strategy = PARALLEL[system]
-    model, (source, lengths) = make_model(name, **changes), make_source([7, 4, 1, 5, 2, 6, 8, 3])
+    model, (source, lengths) = make(name, changes), make_source([7, 4, 1, 5, 2, 6, 8, 3])
     expected = eager(strategy, model, source, lengths)
     results = []
     for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [5, 2, 7, 1, 6], [3, 0, 4, 6, 2, 5], [7] * 8):
@@ -97,6 +122,17 @@ def test_given_lengths_are_decoded_by_graphs_too(capture: StandIn) -> None:
         expected = eager(strategy, model, source, lengths, target_lengths=wanted)
         assert_same(found, expected)
     assert capture.captures == 2 and capture.replays == 3
+
+
+def test_a_given_length_cuts_what_a_graph_writes(capture: StandIn) -> None:
+    model, (source, lengths) = make_flowseq(), make_source([4, 2, 6])
+    for given in ([3, 9, 1], [8, 5, 5], [2, 17, 4]):
+        wanted = torch.tensor(given)
+        found = LatentArgmax().decode(model, source, lengths, target_lengths=wanted)
+        expected = eager(LatentArgmax(), model, source, lengths, target_lengths=wanted)
+        assert_same(found, expected)
+        assert (found.lengths[:, 0] <= wanted).all()
+    assert capture.captures == 3 and capture.replays == 3
 
 
 def test_added_rows_are_sentences_of_one_eos() -> None:
@@ -176,11 +212,15 @@ def test_what_graphs_are_not_for(capture: StandIn, monkeypatch: pytest.MonkeyPat
     MaskPredict(2, trace=True).decode(model, *batch)
     MaskPredict(2, graphs=False).decode(model, *batch)
     MaskPredict(2).decode(model, *make_source([]))
+    latent = make_flowseq()
+    LatentArgmax(samples=2).decode(latent, *batch)
+    LatentArgmax(graphs=False).decode(latent, *batch)
+    LatentArgmax().decode(latent, *make_source([]))
     # rows 8, candidates 5, width 2 * 16 + 10 rounded up
-    monkeypatch.setattr("pynar.decoding.mask_predict.MOST_POSITIONS", 8 * 5 * 48 - 1)
+    monkeypatch.setattr("pynar.decoding.graphs.MOST_POSITIONS", 8 * 5 * 48 - 1)
     MaskPredict(2).decode(model, *batch)
     assert capture.captures == 0
-    monkeypatch.setattr("pynar.decoding.mask_predict.MOST_POSITIONS", 8 * 5 * 48)
+    monkeypatch.setattr("pynar.decoding.graphs.MOST_POSITIONS", 8 * 5 * 48)
     MaskPredict(2).decode(model, *batch)
     assert capture.captures == 1
 
@@ -201,7 +241,7 @@ def test_a_capture_that_fails_is_said_once_and_changes_nothing(
         raise RuntimeError("operation not permitted when stream is capturing")
 
     graphs = Graphs(fails)
-    monkeypatch.setattr("pynar.decoding.mask_predict.graphs_of", lambda *_: graphs)
+    monkeypatch.setattr("pynar.decoding.graphs.graphs_of", lambda *_: graphs)
     expected = eager(MaskPredict(2), model, *batch)
     with pytest.warns(UserWarning, match="not used for this model.*stream is capturing"):
         assert_same(MaskPredict(2).decode(model, *batch), expected)
@@ -280,18 +320,17 @@ def test_nothing_between_source_and_tokens_waits_for_the_device(
 ) -> None:
     """A meta tensor has no values: what depends on some raises."""
     name, changes, strategy = PARALLEL[system]
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        model = make_model(name, **changes)
-        exclusion = model.exclusion
-        model = model.to(dtype)
-        model.exclusion = exclusion  # as `freeze` leaves it
-        model.to("meta")
-        source = torch.empty(4, 16, dtype=torch.long, device="meta")
-        inputs = [source, source[:, 0]] + [source[:, :3]] * given
+    latent = isinstance(strategy, LatentArgmax)
+    n_best = 1 if latent else min(strategy.n_best, 3 if given else 12)
+    for dtype in ("fp32", "bf16") if latent else ("fp32", "bf16", "fp16"):
+        model = make(name, changes).to("meta").freeze(dtype)
+        source = torch.empty(4, 8, dtype=torch.long, device="meta")
+        wanted = source[:, 0] if latent else source[:, :3]
         with Watch() as watch:
-            found = strategy._search(model, *inputs, width=40)
+            inputs = [source, source[:, 0]] + [wanted] * given
+            found = strategy._search(model, *inputs, width=16)
         assert watch.found == []
-        assert found.tokens.shape == (4, min(strategy.n_best, 3 if given else 12), 40)
+        assert found.tokens.shape == (4, n_best, 16)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +365,7 @@ def test_on_a_gpu_a_graph_gives_what_decoding_without_gives(system: str, dtype: 
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     name, changes, strategy = PARALLEL[system]
-    model = make_model(name, **changes).to("cuda").freeze(dtype)
+    model = make(name, changes).to("cuda").freeze(dtype)
     batches = [make_source(lengths) for lengths in (LENGTHS, [1], [3, 8], [8, 1, 2, 8], [9, 17])]
     cuda = [(source.cuda(), lengths.cuda()) for source, lengths in batches]
     # All are captured, and a longer sentence replaces the positions, before any is replayed.
@@ -349,7 +388,7 @@ def test_on_a_gpu_a_replay_does_not_wait(system: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     name, changes, strategy = PARALLEL[system]
-    model = make_model(name, **changes).to("cuda").freeze("bf16")
+    model = make(name, changes).to("cuda").freeze("bf16")
     source, lengths = (x.cuda() for x in make_source(LENGTHS))
     first = strategy.decode(model, source, lengths)
     torch.cuda.set_sync_debug_mode("error")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_systems import make_flowseq
 from torch import Tensor
 from torch.distributions import Normal
 
 from bench import plain_flowseq
 from pynar.decoding import ImportanceWeighted, LatentArgmax, NoisyParallel
-from pynar.models import FlowSeq, build
+from pynar.models import FlowSeq
 from pynar.models.flowseq import fill_with_eos
 from pynar.symbols import EOS, PAD
 
@@ -23,20 +23,7 @@ LENGTHS = torch.tensor([5, 3, 4])
 
 @pytest.fixture(scope="module")
 def model() -> FlowSeq:
-    return make_model()
-
-
-def make_model(**changes: Any) -> FlowSeq:
-    torch.manual_seed(0)
-    sizes = {"source_vocabulary": 13, "target_vocabulary": 13, "dim": 16, "ffn_dim": 12, "heads": 2}
-    layers = {"encoder_layers": 1, "posterior_layers": 1, "decoder_layers": 1}
-    flow = {"flow_steps": [1, 1, 1], "flow_ffn_dim": 8, "max_length": 64}
-    made = build({"model": "flowseq", **sizes, **layers, **flow, **changes})
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    assert isinstance(made, FlowSeq)
-    return made.eval()
+    return make_flowseq()
 
 
 def first_length(model: FlowSeq, row: int) -> int:
@@ -229,7 +216,7 @@ RECURRENT = [
 
 @pytest.mark.parametrize("changes", [{}, {"latent_attention": False}, *RECURRENT], ids=str)
 def test_frozen_translates_alike(changes: dict[str, object]) -> None:
-    model = make_model(**changes)
+    model = make_flowseq(**changes)
     frozen_model = model.freeze()
     for strategy in STRATEGIES:
         free = strategy.decode(model, SOURCE, LENGTHS)
@@ -244,7 +231,7 @@ def test_frozen_translates_alike(changes: dict[str, object]) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_recurrent_networks_stay_in_fp32(dtype: str) -> None:
     """So does log p(z | x), the score of the mode."""
-    model = make_model(**RECURRENT[-1])
+    model = make_flowseq(**RECURRENT[-1])
     free = LatentArgmax().decode(model, SOURCE, LENGTHS)
     frozen = LatentArgmax().decode(model.freeze(dtype), SOURCE, LENGTHS)
     torch.testing.assert_close(frozen.scores, free.scores)
@@ -252,12 +239,12 @@ def test_recurrent_networks_stay_in_fp32(dtype: str) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
 def test_recurrent_batch_mates_change_nothing(strategy: LatentArgmax) -> None:
-    test_batch_mates_change_nothing(make_model(**RECURRENT[-1]), strategy)
+    test_batch_mates_change_nothing(make_flowseq(**RECURRENT[-1]), strategy)
 
 
 def test_no_sentences() -> None:
     for changes in ({}, RECURRENT[-1]):
-        model = make_model(**changes)
+        model = make_flowseq(**changes)
         for strategy in STRATEGIES:
             for one in (model, model.freeze()):
                 found = strategy.decode(one, SOURCE[:0], LENGTHS[:0])
