@@ -95,9 +95,10 @@ def _add_systems(parser: argparse.ArgumentParser) -> None:
         "--engines",
         nargs="+",
         default=None,
-        metavar="ENGINE[:TYPE]",
-        help="beside PyNAR, for autoregressive models; ctranslate2:float32 and ctranslate2:int8 "
-        "if not given and if it is installed; none for PyNAR alone",
+        metavar="ENGINE[:TYPE[:workers]]",
+        help="beside PyNAR, for autoregressive models; workers has a worker for each thread that "
+        "take parts of a batch, instead of one with all threads; ctranslate2:float32 and "
+        "ctranslate2:int8, both ways, if not given and if it is installed; none for PyNAR alone",
     )
     parser.add_argument("--device", default="cpu")
 
@@ -254,7 +255,8 @@ def _system(text: str, options: argparse.Namespace, random: bool) -> System:
 def _engines(options: argparse.Namespace) -> list[str]:
     if options.engines is None:
         found = importlib.util.find_spec("ctranslate2") is not None
-        return ["ctranslate2:float32", "ctranslate2:int8"] if found else []
+        kinds = ("float32", "int8")
+        return [f"ctranslate2:{k}{w}" for k in kinds for w in ("", ":workers")] if found else []
     return [engine for engine in options.engines if engine != "none"]
 
 

@@ -21,7 +21,12 @@ from pynar.decoding import BeamSearch, Greedy, MaskPredict
 from pynar.evaluation import evaluate
 from pynar.evaluation.benchmark import Plan, System, benchmark, expand, run
 from pynar.evaluation.benchmark.client import Worker, WorkerError
-from pynar.evaluation.benchmark.engines import PyNAREngine, export, load_engine
+from pynar.evaluation.benchmark.engines import (
+    CTranslate2Engine,
+    PyNAREngine,
+    export,
+    load_engine,
+)
 from pynar.evaluation.benchmark.intervals import median_interval, ratio_interval
 from pynar.evaluation.benchmark.systems import layer_evaluations
 from pynar.evaluation.benchmark.tables import markdown, tables
@@ -157,8 +162,13 @@ def test_ctranslate2_writes_what_pynar_writes(place: Path, tmp_path: Path) -> No
     export(theirs, str(tmp_path / "text"))
     engine = load_engine(theirs, 1, str(tmp_path / "text"))
     # At batch 1 even the limits are the same.
-    for line in lines:
-        assert engine.translate([line])[0] == PyNAREngine(ours).translate([line])[0]
+    alone = [engine.translate([line])[0][0] for line in lines]
+    assert alone == [PyNAREngine(ours).translate([line])[0][0] for line in lines]
+    shared = load_engine(dataclasses.replace(theirs, workers=True), 2, str(tmp_path / "text"))
+    assert isinstance(shared, CTranslate2Engine) and shared.workers == 2
+    assert shared.engine.num_translators == 2
+    for count in (1, len(lines)):
+        assert shared.translate(lines[:count])[0] == engine.translate(lines[:count])[0]
     random = random_system(place, "autoregressive", strategy="greedy", engine="ctranslate2")
     export(random, str(tmp_path / "random"))
     engine = load_engine(random, 1, str(tmp_path / "random"))
@@ -404,6 +414,45 @@ def test_a_cell_that_takes_too_long_is_refused(place: Path, monkeypatch) -> None
     monkeypatch.setattr(member, "run", lambda cell, **limits: answer)
     with pytest.raises(WorkerError, match="up to 30 s, more than the time limit of 10 s"):
         member.warm_up({})
+
+
+def test_a_largest_batch_whose_repetitions_take_too_long_is_halved(
+    place: Path, monkeypatch
+) -> None:
+    """One batch is within the limit; a repetition has several."""
+    plan = Plan(threads=(1,), batches=(4, "max"), time_limit=10.0)
+    member = run.Member(System(model=str(place / "cmlm")), 1, plan, [])
+
+    def answers(seconds: float) -> run._Entry:
+        monkeypatch.setattr(
+            member,
+            "run",
+            lambda cell, **_: {"seconds": [seconds * cell["batch"]], "batches": 5},
+        )
+        entry = run._Entry(member, {"kind": "text", "batch": "max", "lines": 1000}, plan)
+        entry.attempt(entry.prepare)
+        return entry
+
+    entry = answers(0.1)
+    assert entry.row.failure is None and entry.row.batch_sentences == entry.cell["batch"] == 16
+    assert entry.row.batch_limit == (
+        "a batch of 32: a repetition would take up to 16 s, more than the time limit of 10 s"
+    )
+    assert "a repetition would take up to 30 s" in str(answers(1.5).row.failure)
+
+
+def test_engines_are_for_autoregressive_models(place: Path, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    engines = ["ctranslate2", "ctranslate2:int8", "ctranslate2:int8:workers"]
+    model = System(model=str(place / "autoregressive"), strategy="greedy")
+    names = [s.engine_name for s in expand([model], freezes=[None], engines=engines)]
+    int8 = "CTranslate2 int8"
+    assert names == ["PyNAR", "CTranslate2 float32", int8, f"{int8}, workers"]
+    janus = System(model="quickstart_janus", random=True, strategy="greedy")
+    assert len(expand([janus], freezes=[None], engines=engines)) == 1
+    for wrong in ("ctranslate2:int8:x", "ctranslate2:int8:workers:2"):
+        with pytest.raises(ValueError, match=f"NAME:COMPUTE_TYPE:workers, got '{wrong}'"):
+            expand([model], freezes=[None], engines=[wrong])
 
 
 def test_expansion(place: Path) -> None:

@@ -127,12 +127,13 @@ class CTranslate2Engine:
             self.options |= {"beam_size": decoding.beam, "length_penalty": decoding.length_penalty}
         else:
             self.options |= {"beam_size": 1}
+        self.workers = threads if system.workers else 1
         self.engine = module.Translator(
             exported,
             device=system.device,
             compute_type=system.compute_type,
-            intra_threads=threads,
-            inter_threads=1,
+            intra_threads=threads // self.workers,
+            inter_threads=self.workers,
         )
 
     def translate(self, lines: Sequence[str]) -> tuple[list[str], list[int | None]]:
@@ -161,7 +162,9 @@ class CTranslate2Engine:
         return ids, self._passes(results, limits)
 
     def _run(self, pieces: list[list[str]], limits: dict[str, int]) -> list[Any]:
-        return self.engine.translate_batch(pieces, **self.options, **limits)
+        # Every worker gets a part of the batch.
+        share = -(-len(pieces) // self.workers) if self.workers > 1 else 0
+        return self.engine.translate_batch(pieces, max_batch_size=share, **self.options, **limits)
 
     def _limit(self, pieces: list[list[str]]) -> dict[str, int]:
         ratio, extra = self.limits

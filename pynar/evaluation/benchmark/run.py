@@ -200,7 +200,9 @@ def benchmark(
                     request = {"do": "ceilings", "device": device}
                     result["ceilings"][str(threads)] = worker.ask(request, _LOAD_TIMEOUT)
                 with ExitStack() as stack:
-                    members = [Member(system, threads, plan, list(lines)) for system in systems]
+                    # With one thread there is nothing to share out among workers.
+                    taken = [s for s in systems if threads > 1 or not s.workers]
+                    members = [Member(system, threads, plan, list(lines)) for system in taken]
                     for member in members:
                         stack.callback(member.close)
                         name = f"{member.system.name}, {member.system.engine_name}"
@@ -225,7 +227,9 @@ class _Exports:
         self._done: dict[str, str] = {}
 
     def of(self, system: System) -> str:
-        plain = replace(system, strategy=None, options={}, engine="pynar", freeze=None)
+        plain = replace(
+            system, strategy=None, options={}, engine="pynar", freeze=None, workers=False
+        )
         key = repr(replace(plain, compute_type="float32"))
         if key not in self._done:
             directory = str(self._place / str(len(self._done)))
@@ -267,7 +271,7 @@ class _Entry:
     """One system's way through one cell."""
 
     def __init__(self, member: Member, cell: Cell, plan: Plan) -> None:
-        self.member, self.cell = member, cell
+        self.member, self.cell, self.plan = member, cell, plan
         self.row = Row.of(member.system, member.threads, cell, cell["batch"])
         self.answers: list[dict[str, Any]] = []
         self.texts: list[str] | None = None
@@ -283,9 +287,25 @@ class _Entry:
     def prepare(self) -> None:
         if self.cell["batch"] == "max":
             size, self.row.batch_limit = self.member.largest(self.cell)
+            self._warm_up_largest(size)
+        else:
+            self.row.batch_sentences = self.cell["batch"]
+            self.member.warm_up(self.cell)
+
+    def _warm_up_largest(self, size: int) -> None:
+        """Halves a batch that was possible once, but takes too long for a whole repetition."""
+        while True:
             self.cell = {**self.cell, "batch": size}
-        self.row.batch_sentences = self.cell["batch"]
-        self.member.warm_up(self.cell)
+            self.row.batch_sentences = size
+            try:
+                self.member.warm_up(self.cell)
+            except WorkerError as error:
+                if size <= self.plan.largest_given(self.cell["kind"]):
+                    raise
+                self.row.batch_limit = f"a batch of {size}: {error}"
+                size //= 2
+            else:
+                return
 
     def repeat(self) -> None:
         # The lines of one repetition suffice: all are the same.

@@ -43,6 +43,7 @@ class System:
     options: dict[str, Any] = field(default_factory=dict)
     engine: str = "pynar"
     compute_type: str = "float32"  # CTranslate2's
+    workers: bool = False  # CTranslate2's: one a thread, which share a batch; not one with all
     freeze: str | None = None  # PyNAR's
     device: str = "cpu"
 
@@ -107,7 +108,7 @@ class System:
     @property
     def engine_name(self) -> str:
         if self.engine == "ctranslate2":
-            return f"CTranslate2 {self.compute_type}"
+            return f"CTranslate2 {self.compute_type}" + (", workers" if self.workers else "")
         return "PyNAR" if self.freeze is None else f"PyNAR frozen {self.freeze}"
 
     @property
@@ -136,10 +137,11 @@ def expand(
     """Every system to measure for the models asked for.
 
     An autoregressive model without a strategy or options stands there with greedy search and a
-    beam of 5, and for each of `engines` (`NAME:COMPUTE_TYPE`) besides PyNAR; every model once for
-    each of `freezes`.
+    beam of 5; what CTranslate2 can run stands there for each of `engines`, too
+    (`NAME[:COMPUTE_TYPE[:workers]]`, see `System.workers`); every model once for each of `freezes`.
     """
-    if "ctranslate2" in {engine.partition(":")[0] for engine in engines}:
+    parsed = [_engine(text) for text in engines]
+    if any(engine["engine"] == "ctranslate2" for engine in parsed):
         if not importlib.util.find_spec("ctranslate2"):
             raise ValueError("the engine ctranslate2 is not installed: `pip install ctranslate2`")
     systems = []
@@ -153,13 +155,21 @@ def expand(
         for variant in variants:
             decoding = variant.decoding
             systems += [replace(variant, freeze=freeze) for freeze in freezes]
-            if isinstance(decoding, (Greedy, BeamSearch)):
-                for engine in engines:
-                    name, _, kind = engine.partition(":")
-                    kind = kind or "float32"
-                    systems.append(replace(variant, engine=name, compute_type=kind, freeze=None))
+            if autoregressive and isinstance(decoding, (Greedy, BeamSearch)):
+                systems += [replace(variant, freeze=None, **engine) for engine in parsed]
     # A model named twice is measured once.
     return list({repr(system): system for system in systems}.values())
+
+
+def _engine(text: str) -> dict[str, Any]:
+    """The fields of a system for `NAME[:COMPUTE_TYPE[:workers]]`."""
+    name, _, rest = text.partition(":")
+    kind, _, workers = rest.partition(":")
+    if workers not in ("", "workers"):
+        raise ValueError(
+            f"an engine must be NAME, NAME:COMPUTE_TYPE or NAME:COMPUTE_TYPE:workers, got {text!r}"
+        )
+    return {"engine": name, "compute_type": kind or "float32", "workers": bool(workers)}
 
 
 def layer_evaluations(encoder: int, decoder: int, passes: float, sequences: int) -> float:
