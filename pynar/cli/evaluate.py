@@ -107,7 +107,7 @@ def _measured(
         for name, translator, chosen in models:
             results = translator.decode(source, chosen)
             passes = sum(result.passes for result in results) / max(len(results), 1)
-            yield name, {"passes": passes}, results
+            yield name, {"passes": passes, **_acceptance(results)}, results
         return
     if all("beam" not in translator.model.strategies for _, translator, _ in models):
         print("note: no autoregressive model among them; a speed-up needs one beside it")
@@ -118,7 +118,14 @@ def _measured(
         latency_sentences=options.latency_sentences,
     )
     for (name, _, _), (speed, results) in zip(models, measured, strict=True):
-        yield name, dataclasses.asdict(speed), results
+        yield name, {**dataclasses.asdict(speed), **_acceptance(results)}, results
+
+
+def _acceptance(results: list[Translation]) -> dict[str, float]:
+    """Drafted tokens that a verifying pass settles, over all lines; nothing if none verified."""
+    verified = sum(result.verified for result in results)
+    accepted = sum(result.accepted for result in results)
+    return {"accepted": accepted / verified} if verified else {}
 
 
 def _save(options: argparse.Namespace, content: dict[str, object]) -> None:
@@ -161,6 +168,7 @@ def _print(rows: list[dict]) -> None:
         "repetition": "rep. %",
         "length_ratio": "length",
         "passes": "passes",
+        "accepted": "accepted",
         "p50_ms": "ms p50",
         "p95_ms": "p95",
         "p99_ms": "p99",

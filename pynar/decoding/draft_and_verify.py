@@ -34,8 +34,10 @@ class DraftAndVerify:
     Two settings give up exactness: a drafted token is also settled if it is among the `top_k` most
     probable ones, or if its log-probability is less than `margin` below the best one's.
 
-    `passes` counts drafting and verifying passes. `trace` keeps the settled tokens after every
-    round. Lengths are limited as in `Greedy`.
+    `passes` counts drafting and verifying passes, `verified` the latter alone, and `accepted` the
+    drafted tokens that they settled. Every verifying pass settles one choice more, the last time
+    the end of the sentence, so that `accepted + verified` is the length with its EOS. `trace` keeps
+    the settled tokens after every round. Lengths are limited as in `Greedy`.
     """
 
     iterations: int = 1
@@ -74,6 +76,8 @@ class DraftAndVerify:
         lengths = torch.zeros_like(limits)
         scores = torch.zeros(rows, device=source.device)
         passes = torch.zeros_like(limits)
+        accepted = torch.zeros_like(limits)
+        verified = torch.zeros_like(limits)
         trace = []
         while len(live):
             settled, limit = lengths[live], limits[live]
@@ -90,6 +94,8 @@ class DraftAndVerify:
             lengths[live] = agreed + on
             scores[live] += gained
             passes[live] += made + 1
+            accepted[live] += agreed - settled
+            verified[live] += 1
             if self.trace:
                 trace.append(found.clone())
             keep = on.nonzero()[:, 0]
@@ -102,6 +108,8 @@ class DraftAndVerify:
             (scores / (lengths + 1))[:, None],
             passes,
             [state[:, :width] for state in trace],
+            accepted,
+            verified,
         )
 
     def _draft(

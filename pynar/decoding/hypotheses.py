@@ -15,6 +15,9 @@ class Hypotheses:
 
     `passes` counts the decoder passes each sentence took part in. `trace` holds, for strategies
     asked to keep it, the best hypothesis' tokens `[B, T]` after every pass.
+
+    Of strategies that verify drafts, `accepted` counts the drafted tokens that were settled and
+    `verified` the passes that settled them: their ratio is the acceptance length.
     """
 
     tokens: Tensor  # int64 [B, n, T], right padded with PAD
@@ -22,6 +25,8 @@ class Hypotheses:
     scores: Tensor  # [B, n]
     passes: Tensor  # int64 [B]
     trace: list[Tensor] = field(default_factory=list)
+    accepted: Tensor | None = None  # int64 [B]
+    verified: Tensor | None = None  # int64 [B]
 
     def lists(self) -> list[list[list[int]]]:
         """Token ids as nested lists: sentence, hypothesis, token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -159,5 +160,8 @@ class RescoringTranslator(LineTranslator):
             # The sort is stable: of equals the one that the model itself preferred.
             ranked = sorted(zip(texts, map(float, row), strict=True), key=lambda pair: -pair[1])
             text, score = ranked[0]
-            results.append(Translation(text, score, draft.passes + 1, ranked, draft.trace))
+            passes = draft.passes + 1
+            results.append(
+                replace(draft, text=text, score=score, passes=passes, alternatives=ranked)
+            )
         return results

@@ -81,13 +81,18 @@ def strategy(
 
 @dataclass(frozen=True)
 class Translation:
-    """One line's result. `alternatives` are the n best texts with their scores, best first."""
+    """One line's result. `alternatives` are the n best texts with their scores, best first.
+
+    `accepted` and `verified` are those of `Hypotheses`; 0 where nothing is drafted.
+    """
 
     text: str
     score: float
     passes: int
     alternatives: list[tuple[str, float]] = field(default_factory=list)
     trace: list[str] = field(default_factory=list)
+    accepted: int = 0
+    verified: int = 0
 
 
 def weights_digest(model: TranslationModel) -> str:
@@ -312,11 +317,15 @@ class Translator(LineTranslator):
         texts = [text(rows) for rows in hypotheses.lists()]
         scores, passes = hypotheses.scores.tolist(), hypotheses.passes.tolist()
         traces = [self._trace(hypotheses, row) for row in range(len(sources))]
+        drafts = [
+            [0] * len(sources) if counts is None else counts.tolist()
+            for counts in (hypotheses.accepted, hypotheses.verified)
+        ]
         results = []
-        for t, s, p, trace in zip(texts, scores, passes, traces, strict=True):
+        for t, s, p, trace, *draft in zip(texts, scores, passes, traces, *drafts, strict=True):
             # A place that scores -inf holds no hypothesis.
             found = [pair for pair in zip(t, s, strict=True) if pair[1] > -math.inf]
-            results.append(Translation(t[0], s[0], p, found or [(t[0], s[0])], trace))
+            results.append(Translation(t[0], s[0], p, found or [(t[0], s[0])], trace, *draft))
         return results
 
     def _trace(self, hypotheses: Hypotheses, row: int) -> list[str]:
@@ -349,5 +358,7 @@ def _join(parts: list[Translation]) -> Translation:
         return Translation("", 0.0, 0)
     text = " ".join(part.text for part in parts)
     score = sum(part.score for part in parts) / len(parts)
-    passes = sum(part.passes for part in parts)
-    return Translation(text, score, passes, [(text, score)])
+    passes, accepted, verified = (
+        sum(getattr(part, name) for part in parts) for name in ("passes", "accepted", "verified")
+    )
+    return Translation(text, score, passes, [(text, score)], [], accepted, verified)

@@ -21,11 +21,12 @@ from pynar.nn.two_stream import TwoStreams, ar_rows, two_streams
 from pynar.ops import divergence_cross_entropy
 from pynar.symbols import BOS, EOS, MASK, PAD
 
-__all__ = ["JANUS", "JANUSConfig", "JANUSExample", "span_masking"]
+__all__ = ["JANUS", "JANUSConfig", "JANUSExample", "disjoint_span_masking", "span_masking"]
 
 # Pairs of distributions whose divergence is a loss term.
 _PAIRS = {"kl_ar_nar": ("ar", "nar"), "kl_nar_aux": ("nar", "aux"), "kl_ar_aux": ("ar", "aux")}
 _STREAMS = ("ar", "nar", "aux")
+_MASKINGS = ("spans", "disjoint_spans", "uniform")
 # Span lengths less probable than this are never drawn.
 _LEAST = 1e-7
 
@@ -34,8 +35,9 @@ _LEAST = 1e-7
 class JANUSConfig(CMLMConfig):
     """The weight of every loss term, and the masking; the defaults are those of the released code.
 
-    `masking`: "spans" as there, which leaves nearly half of the tokens; "uniform" as for a CMLM,
-    any number of them: so the model also sees what mask-predict begins with, nothing but masks.
+    `masking`: "spans" as there, which leaves nearly half of the tokens; "disjoint_spans" as in the
+    paper's text, where 70 % of the tokens are masked; "uniform" as for a CMLM, any number of them:
+    so the model also sees what mask-predict begins with, nothing but masks.
 
     `query_positions`: where the AR query of a token stands. "previous", as there: at the position
     of the token before it. "own": where the mask stands of a token that is predicted in parallel,
@@ -63,8 +65,10 @@ class JANUSConfig(CMLMConfig):
                 raise ValueError(f"`{term}_weight` must not be negative, got {value}")
         if not any(getattr(self, f"{stream}_weight") for stream in _STREAMS):
             raise ValueError("one of `ar_weight`, `nar_weight`, `aux_weight` must be positive")
-        if self.masking not in ("spans", "uniform"):
-            raise ValueError(f"`masking` must be one of spans, uniform, got {self.masking!r}")
+        if self.masking not in _MASKINGS:
+            raise ValueError(
+                f"`masking` must be one of {', '.join(_MASKINGS)}, got {self.masking!r}"
+            )
         if self.query_positions not in ("previous", "own"):
             raise ValueError(
                 f"`query_positions` must be one of previous, own, got {self.query_positions!r}"
@@ -94,6 +98,12 @@ def _span_lengths(mean: float, shape: Sequence[int], generator: torch.Generator)
     return torch.searchsorted(cumulative, draw * cumulative[-1], right=True) + 1
 
 
+def _share_out(budget: Tensor, spans: Tensor) -> Tensor:
+    """The `spans: [B, K]` that `budget: [B, 1]` suffices for, the last one trimmed, then zeros."""
+    before = spans.cumsum(1) - spans
+    return spans.minimum(budget - before).clamp(min=0)
+
+
 def span_masking(
     target: Tensor,
     lengths: Tensor,
@@ -115,9 +125,7 @@ def span_masking(
     # An integer number of positions; in float64, as 0.7 n is computed elsewhere.
     budget = (n.double() * ratio).ceil().long()
     most = min(width, math.ceil(width * ratio))
-    spans = _span_lengths(mean, (sentences, most), generator)
-    before = spans.cumsum(1) - spans
-    spans = spans.minimum(budget - before).clamp(min=0)
+    spans = _share_out(budget, _span_lengths(mean, (sentences, most), generator))
     place = torch.arange(width, device=target.device)
     draw = torch.rand(sentences, width, generator=generator, device=target.device)
     start = draw.masked_fill(place >= n, 2.0).argsort(1)[:, :most]
@@ -128,6 +136,40 @@ def span_masking(
     change.scatter_add_(1, start + spans, torch.full_like(start, -1))
     covered = change.cumsum(1)[:, 1 : width - 1] > 0
     return covered & padding_mask(lengths, target.shape[1])[:, 0, 0]
+
+
+def disjoint_span_masking(
+    target: Tensor,
+    lengths: Tensor,
+    generator: torch.Generator,
+    *,
+    ratio: float = 0.7,
+    mean: float = 2.0,
+) -> Tensor:
+    """Chooses spans of 70 % of the tokens to mask, boolean `[B, T]`.
+
+    0.7 T tokens, rounded to the nearest number (the even one of two), are shared out to spans of
+    Poisson(2) tokens, the last of which gets what is left. The spans and the tokens that stay are
+    put in random order, every order as probable. So spans do not overlap, though they may touch.
+    (The share is that of the paper's text, the lengths are those of `span_masking`, the order is
+    ours.)
+    """
+    sentences, width = target.shape
+    # In float64, as 0.7 T is computed elsewhere.
+    masked = (lengths.double() * ratio).round().long()[:, None]
+    most = round(width * ratio)
+    spans = _share_out(masked, _span_lengths(mean, (sentences, most), generator))
+    stay = torch.arange(width, device=target.device) < lengths[:, None] - masked
+    sizes = torch.cat([spans, stay.long()], 1)
+    order = torch.rand(sizes.shape, generator=generator, device=target.device).argsort(1)
+    sizes = sizes.gather(1, order)
+    end = sizes.cumsum(1)
+    # Spans of none change nothing: begin and end cancel.
+    is_span = (order < most).long()
+    change = torch.zeros(sentences, width + 1, dtype=torch.long, device=target.device)
+    change.scatter_add_(1, end - sizes, is_span)
+    change.scatter_add_(1, end, -is_span)
+    return change.cumsum(1)[:, :width] > 0
 
 
 class JANUS(CMLM):
@@ -182,7 +224,8 @@ class JANUS(CMLM):
         if self._streams != ("ar",) and config.masking == "uniform":
             masked = uniform_masking(batch.target, batch.target_lengths, generator)
         elif self._streams != ("ar",):
-            masked = span_masking(
+            draw = span_masking if config.masking == "spans" else disjoint_span_masking
+            masked = draw(
                 batch.target,
                 batch.target_lengths,
                 generator,

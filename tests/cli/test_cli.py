@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for argument in (f"--{split}", f"{place}/{split}.source", f"{place}/{split}.target")
     ]
     run("prepare", *splits, "--output", place / "data", "--vocab-size", 150, "--split-digits")
-    for name in ("autoregressive", "cmlm", "nat"):
+    for name in ("autoregressive", "cmlm", "nat", "janus"):
         extra = {} if name == "autoregressive" else {"length_classes": 64}
         recipe = {"model": {"model": name, **SIZES, **extra}, "training": TRAINING}
         (place / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
@@ -236,6 +236,22 @@ def test_evaluate_without_timing_keeps_what_is_done(
     monkeypatch.setattr(Translator, "decode", decode)
     assert main([str(argument) for argument in (*command, ours, other)]) == 130
     assert json.loads(results.read_text())["rows"] == rows[:1]
+
+
+def test_evaluate_says_how_much_of_a_draft_is_accepted(place: Path, tmp_path: Path, capsys) -> None:
+    model, results = place / "janus/best", tmp_path / "results.json"
+    run(
+        *("evaluate", "--reference", place / "test.target", "--source", place / "test.source"),
+        *("--no-timing", "--json", results, "--bootstrap", 0),
+        *("--model", f"{model}:strategy=draft_and_verify", f"{model}:strategy=greedy"),
+    )
+    drafted, greedy = json.loads(results.read_text())["rows"]
+    found = pynar.load(model).decode(
+        (place / "test.source").read_text().splitlines(), "draft_and_verify"
+    )
+    counts = [sum(one.accepted for one in found), sum(one.verified for one in found)]
+    assert drafted["accepted"] == counts[0] / counts[1] and "accepted" not in greedy
+    assert "accepted" in capsys.readouterr().out
 
 
 def test_a_rescorer_chooses_among_candidates(place: Path, tmp_path: Path, capsys) -> None:

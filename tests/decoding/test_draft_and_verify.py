@@ -57,12 +57,17 @@ def test_neither_drafts_nor_limits_change_the_result(kind: str, options: dict[st
     found = DraftAndVerify(**options).decode(model, source, lengths)
     assert found.lists() == expected.lists()
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-5)
+    # A verifying pass settles what it accepts and one choice more.
+    assert torch.equal(found.accepted + found.verified, expected.lengths[:, 0] + 1)
 
 
 def slow(
     model: JANUS, source: torch.Tensor, top_k: int, margin: float
-) -> tuple[list[int], int, list[list[int]]]:
-    """One sentence, a prefix at a time: the tokens, the rounds and what each round settled."""
+) -> tuple[list[int], int, list[list[int]], list[int]]:
+    """One sentence, a prefix at a time: the tokens, the rounds and what each round settled.
+
+    At last how many drafted tokens each round took.
+    """
     greedy = Greedy()
     lengths = torch.tensor([len(source)])
     memory = model.encode(source[None], lengths)
@@ -70,6 +75,7 @@ def slow(
     expected = int(model.length.predict(memory.states, lengths, 1)[0][0, 0])
     tokens: list[int] = []
     rounds: list[list[int]] = []
+    taken: list[int] = []
     assert greedy.max_ratio == 2.0 and greedy.max_extra == 10
     while True:
         end = min(max(expected, len(tokens) + 1), limit)
@@ -77,6 +83,7 @@ def slow(
         states = model.decode(open_, torch.tensor([end]), memory)[0, len(tokens) :]
         draft = (model.logits(states) + model.parallel_exclusion).argmax(-1).tolist()
         right = True
+        taken.append(0)
         while right:
             prefix = torch.tensor([tokens], dtype=torch.long)
             size = torch.tensor([len(tokens)])
@@ -89,9 +96,10 @@ def slow(
                 right = rank < top_k or bool(price > log_probs.max() - margin)
             if right:
                 tokens.append(draft.pop(0))
+                taken[-1] += 1
         choice = EOS if len(tokens) == limit else int(log_probs.argmax())
         if choice == EOS:
-            return tokens, len(rounds) + 1, [*rounds, list(tokens)]
+            return tokens, len(rounds) + 1, [*rounds, list(tokens)], taken
         tokens.append(choice)
         rounds.append(list(tokens))
 
@@ -105,10 +113,11 @@ def test_rounds_are_the_slow_ones(kind: str, top_k: int, margin: float) -> None:
     strategy = DraftAndVerify(top_k=top_k, margin=margin, trace=True)
     found = strategy.decode(model, source, lengths)
     for row, length in enumerate(LENGTHS):
-        tokens, rounds, trace = slow(model, source[row, :length], top_k, margin)
+        tokens, rounds, trace, taken = slow(model, source[row, :length], top_k, margin)
         assert found.lists()[row][0] == tokens
         drafts = sum(len(before) < _limit(model, length) for before in [[], *trace[:-1]])
         assert int(found.passes[row]) == rounds + drafts
+        assert [int(found.accepted[row]), int(found.verified[row])] == [sum(taken), len(taken)]
         for state, settled in zip(found.trace, trace, strict=False):
             assert [token for token in state[row].tolist() if token] == settled
 
@@ -134,6 +143,7 @@ def test_no_sentences() -> None:
     source, lengths = make_source([])
     found = DraftAndVerify().decode(make_model("janus"), source, lengths)
     assert found.lists() == []
+    assert found.accepted.shape == found.verified.shape == (0,)
 
 
 @pytest.mark.parametrize("option", ["iterations", "top_k"])

@@ -9,6 +9,7 @@ from small_systems import make_model
 from pynar.data import Tokenizer
 from pynar.decoding import (
     BeamSearch,
+    DraftAndVerify,
     Greedy,
     MaskPredict,
     NoisyParallel,
@@ -185,6 +186,21 @@ def test_a_long_line_is_its_pieces_of_whole_words_joined(lines, tokenizer) -> No
     passes = sum(part.passes for part in parts)
     assert_alike([result], [Translation(text, score, passes, [(text, score)])])
     assert_alike([before, after], translator.decode(lines[:2]))
+
+
+def test_counts_of_drafts_are_those_of_the_pieces(lines, tokenizer) -> None:
+    translator = make("janus", tokenizer)
+    ids = [*tokenizer.encode_source([lines[0]])[0], EOS]
+    found = DraftAndVerify().decode(translator.model, torch.tensor([ids]), torch.tensor([len(ids)]))
+    sources = recorded(translator)
+    long = ", ".join(lines[:10])
+    one, joined = translator.decode([lines[0], long], "draft_and_verify", max_source_tokens=30)
+    assert (one.accepted, one.verified) == (int(found.accepted[0]), int(found.verified[0]))
+    parts = translator.decode(tokenizer.decode_source(sources[1:]), "draft_and_verify")
+    assert len(parts) > 1 and joined.verified == sum(part.verified for part in parts)
+    assert joined.accepted == sum(part.accepted for part in parts)
+    plain = translator.decode(lines[:1], "greedy")[0]
+    assert (plain.accepted, plain.verified) == (0, 0)
 
 
 def test_long_lines_are_cut_at_punctuation_where_that_makes_no_small_pieces(tokenizer) -> None:

@@ -12,7 +12,7 @@ from small_models import SIZES, VOCABULARY, gradients, make_batch
 from bench.padded_janus import autoregressive_streams, auxiliary_streams, decode, losses
 from pynar.data.batching import Batch, collate
 from pynar.models import JANUS, build
-from pynar.models.janus import JANUSExample, span_masking
+from pynar.models.janus import JANUSExample, disjoint_span_masking, span_masking
 from pynar.symbols import BOS, EOS, MASK, NUM_SPECIAL, PAD
 from pynar.testing import Tolerance, tolerance
 
@@ -331,11 +331,16 @@ def test_spans_are_masked_as_one_sentence_at_a_time(n: int, rate: float | None) 
     found = span_masking(target, lengths, torch.Generator().manual_seed(0))
     assert found.dtype == torch.bool and not found[:, n - 2 :].any()
     found = found[:, : n - 2]
-    for one, other in zip(statistics(found), statistics(truth), strict=True):
-        error = (one.var(0) / rows + other.var(0) / rows).sqrt()
-        assert ((one.mean(0) - other.mean(0)).abs() <= 5 * error + 1e-12).all()
+    assert_alike(statistics(found), statistics(truth))
     if rate is not None:
         assert float(found.float().mean()) == pytest.approx(rate, abs=0.01)
+
+
+def assert_alike(found: list[torch.Tensor], truth: list[torch.Tensor]) -> None:
+    """Means over as many rows of both agree within five standard errors."""
+    for one, other in zip(found, truth, strict=True):
+        error = ((one.var(0) + other.var(0)) / len(one)).sqrt()
+        assert ((one.mean(0) - other.mean(0)).abs() <= 5 * error + 1e-12).all()
 
 
 def statistics(masked: torch.Tensor) -> list[torch.Tensor]:
@@ -358,6 +363,69 @@ def test_some_short_sentences_have_nothing_masked() -> None:
     assert abs(share - expected) < 5 * (expected / rows) ** 0.5
 
 
+def slow_disjoint_spans(count: int, rng: random.Random, table: list[float]) -> list[bool]:
+    """Spans, of none among them, until 70 % are masked; then all in random order."""
+    budget, spans = round(0.7 * count), []
+    while sum(spans) < budget:
+        spans.append(rng.choices(range(len(table)), table)[0])
+    if spans:
+        spans[-1] -= sum(spans) - budget
+    parts = [[True] * span for span in spans] + [[False]] * (count - budget)
+    rng.shuffle(parts)
+    return [hidden for part in parts for hidden in part]
+
+
+def run_lengths(masked: torch.Tensor) -> torch.Tensor:
+    """How many runs of 1, 2, ... 8 and more masked tokens there are in each row, `[B, 8]`."""
+    counts = torch.zeros(len(masked), 8, dtype=torch.double)
+    for row, places in zip(counts, masked.tolist(), strict=True):
+        for hidden, run in itertools.groupby(places):
+            if hidden:
+                row[min(len(list(run)), 8) - 1] += 1
+    return counts
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 20, 100])
+def test_disjoint_spans_are_masked_as_one_sentence_at_a_time(count: int) -> None:
+    table = [math.exp(-2) * 2**k / math.factorial(k) for k in range(14)]
+    rng, rows = random.Random(0), 2000
+    truth = torch.tensor([slow_disjoint_spans(count, rng, table) for _ in range(rows)])
+    lengths = torch.full((rows,), count)
+    target = torch.full((rows, count + 3), 7)  # beside a longer sentence, as in a batch
+    found = disjoint_span_masking(target, lengths, torch.Generator().manual_seed(0))
+    assert found.dtype == torch.bool and not found[:, count:].any()
+    found = found[:, :count]
+    assert_alike([*statistics(found), run_lengths(found)], [*statistics(truth), run_lengths(truth)])
+
+
+@pytest.mark.parametrize("ratio,mean", [(0.7, 2.0), (0.1, 2.0), (0.5, 30.0), (1.0, 0.5)])
+def test_disjoint_spans_mask_the_share_exactly(ratio: float, mean: float) -> None:
+    lengths = torch.arange(131)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        target = torch.full((131, 130), 7)
+        masked = disjoint_span_masking(target, lengths, generator, ratio=ratio, mean=mean)
+        assert masked.sum(1).tolist() == [round(ratio * count) for count in range(131)]
+        assert not (masked & (torch.arange(130) >= lengths[:, None])).any()
+
+
+def test_a_model_masks_disjoint_spans_when_told_to() -> None:
+    model = make_janus(masking="disjoint_spans", mask_ratio=0.6, mean_span=3.0)
+    for targets in ([0, 1, 5, 9], [0, 0]):
+        batch = pairs(targets)
+        example = model.corrupt(batch, torch.Generator().manual_seed(2))
+        expected = disjoint_span_masking(
+            batch.target,
+            batch.target_lengths,
+            torch.Generator().manual_seed(2),
+            ratio=0.6,
+            mean=3.0,
+        )
+        assert torch.equal(example.inputs == MASK, expected)
+        assert expected.sum(1).tolist() == [round(0.6 * count) for count in targets]
+        assert all(loss.isfinite() for loss in model(example).values())
+
+
 def test_uniform_masking_hides_any_number_of_tokens() -> None:
     batch, model = pairs([5] * 2000), make_janus(masking="uniform")
     example = model.corrupt(batch, torch.Generator().manual_seed(2))
@@ -368,15 +436,17 @@ def test_uniform_masking_hides_any_number_of_tokens() -> None:
     assert (shares[1:] - 0.2).abs().max() < 4 * math.sqrt(0.2 * 0.8 / 2000)
 
 
-def test_masking_follows_the_generator_and_the_lengths() -> None:
+@pytest.mark.parametrize("draw", [span_masking, disjoint_span_masking])
+def test_masking_follows_the_generator_and_the_lengths(draw: Any) -> None:
     lengths = torch.randint(0, 30, (50,), generator=torch.Generator().manual_seed(0))
     target = torch.full((50, 30), 7)
     first, again, other = (
-        span_masking(target, lengths, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        draw(target, lengths, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert not (first & (torch.arange(30) >= lengths[:, None])).any()
-    assert span_masking(target[:0], lengths[:0], torch.Generator()).shape == (0, 30)
+    assert draw(target[:0], lengths[:0], torch.Generator()).shape == (0, 30)
+    assert draw(target[:, :0], torch.zeros_like(lengths), torch.Generator()).shape == (50, 0)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +455,7 @@ def test_masking_follows_the_generator_and_the_lengths() -> None:
         ({"kl_ar_aux_weight": -1.0}, "`kl_ar_aux_weight` must not be negative, got -1.0"),
         ({"ar_weight": 0.0, "nar_weight": 0.0, "aux_weight": 0.0}, "one of `ar_weight`, `nar_w"),
         ({"query_positions": "next"}, "`query_positions` must be one of previous, own, got 'next'"),
-        ({"masking": "all"}, "`masking` must be one of spans, uniform, got 'all'"),
+        ({"masking": "all"}, "`masking` must be one of spans, disjoint_spans, uniform, got 'all'"),
         ({"mask_ratio": 0.0}, r"`mask_ratio` must be in \(0, 1\], got 0.0"),
         ({"mean_span": 0.0}, r"`mean_span` must be in \(0, 100\], got 0.0"),
         ({"positions": "learned", "max_length": 2}, "`max_length` must be at least 3, got 2"),
