@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.distributions import MultivariateNormal
+from torch.distributions import MultivariateNormal, Normal
 
 from pynar.nn.flows import Flow
 
-STEPS, DIM, BATCH = 8, 8, 128
+STEPS, DIM, BATCH, HELD_OUT = 8, 8, 128, 1024
 
 
 def make_truth() -> MultivariateNormal:
@@ -36,41 +37,56 @@ def draw(truth: MultivariateNormal, count: int) -> tuple[Tensor, Tensor]:
     return gaussian.sinh().view(count, STEPS, DIM), log_density
 
 
+def conditions(flow: Flow, x: Tensor) -> tuple:
+    """What a flow takes beside `x: [B, T, C]`: its lengths, and a source of one state."""
+    ones = torch.ones(len(x), dtype=torch.long)
+    return x.shape[1] * ones, flow.project(x.new_zeros(len(x), 1, DIM)), ones
+
+
 def log_likelihood(flow: Flow, x: Tensor) -> Tensor:
-    source = flow.project(torch.zeros(len(x), 1, DIM))
-    lengths, ones = torch.full((len(x),), STEPS), torch.ones(len(x), dtype=torch.long)
-    noise, logdet = flow(x, lengths, source, ones)
-    numbers = STEPS * DIM
-    return logdet - 0.5 * noise.square().sum((1, 2)) - 0.5 * numbers * math.log(2 * math.pi)
+    """log p(x) of `x: [B, T, C]`, `[B]`: that of its noise, and the log-determinant."""
+    noise, logdet = flow(x, *conditions(flow, x))
+    return logdet - 0.5 * (noise.square() + math.log(2 * math.pi)).sum((1, 2))
 
 
-def main(updates: int) -> None:
-    torch.manual_seed(0)
-    truth = make_truth()
-    flow = Flow(DIM, DIM, hidden=64, heads=2, steps=(2, 1), transform="nlsq")
-    x, _ = draw(truth, 1024)
-    lengths = torch.full((1024,), STEPS)
-    source = flow.project(torch.zeros(1024, 1, DIM))
-    flow.initialise(x, lengths, source, torch.ones(1024, dtype=torch.long))
-    optimizer = torch.optim.Adam(flow.parameters(), lr=2e-3)
+def make_flow(truth: MultivariateNormal) -> Flow:
+    """A small flow, fitted to a batch."""
+    flow = Flow(DIM, DIM, hidden=32, heads=2, steps=(1, 1), transform="nlsq")
+    x, _ = draw(truth, 512)
+    flow.initialise(x, *conditions(flow, x))
+    return flow
+
+
+def train(flow: Flow, truth: MultivariateNormal, updates: int) -> Iterator[int]:
+    """Gives the number of updates before each one, and after the last."""
+    optimizer = torch.optim.Adam(flow.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
-    held_out, log_density = draw(truth, 2048)
-    marginal = torch.distributions.Normal(0.0, 1.0)
-    apart = marginal.log_prob(held_out.asinh()) - held_out.asinh().cosh().log()
-    print(f"nats a number: truth {log_density.mean() / STEPS / DIM:.3f}, ", end="")
-    print(f"numbers taken one by one {apart.mean():.3f}")
-    for update in range(updates + 1):
-        if update % max(updates // 5, 1) == 0:
-            with torch.no_grad():
-                found = log_likelihood(flow, held_out).mean() / STEPS / DIM
-            print(f"update {update:5d}  flow {found:.3f}", flush=True)
+    for update in range(updates):
+        yield update
         loss = -log_likelihood(flow, draw(truth, BATCH)[0]).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 5.0)
         optimizer.step()
         schedule.step()
+    yield updates
+
+
+def main(updates: int) -> None:
+    torch.manual_seed(0)
+    truth = make_truth()
+    flow = make_flow(truth)
+    held_out, log_density = draw(truth, HELD_OUT)
+    gaussian = held_out.asinh()
+    apart = Normal(0.0, 1.0).log_prob(gaussian) - gaussian.cosh().log()
+    print(f"nats a number: truth {log_density.mean() / STEPS / DIM:.3f}, ", end="")
+    print(f"numbers taken one by one {apart.mean():.3f}")
+    for update in train(flow, truth, updates):
+        if update % max(updates // 5, 1) == 0:
+            with torch.no_grad():
+                found = log_likelihood(flow, held_out).mean() / STEPS / DIM
+            print(f"update {update:5d}  flow {found:.3f}", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1000)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 400)

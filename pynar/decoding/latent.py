@@ -92,13 +92,19 @@ class LatentArgmax(_Latent):
     """The most probable tokens of the latent variables' mode: noise 0 through the flow.
 
     With several `samples` of noise from N(0, temperature^2), those that the prior finds most
-    probable. Scores are log p(z | x) without the constant of the normal distribution.
+    probable. With `noise` a single sample is drawn, too, so that each `seed` gives other
+    translations. Scores are log p(z | x) without the constant of the normal distribution.
 
     On CUDA a frozen model decodes small batches by captured CUDA graphs, as `MaskPredict` does,
     unless noise is drawn, which the host does for known lengths; `graphs=False` does without.
     """
 
+    noise: bool = False
     graphs: bool = True
+
+    @property
+    def _draws(self) -> bool:
+        return self.noise or self.samples > 1
 
     @torch.inference_mode()
     def decode(
@@ -124,7 +130,7 @@ class LatentArgmax(_Latent):
                 )
             longest = -(-max(on_host, default=1) // multiple) * multiple
             target_lengths = target_lengths.to(source.device)
-        if self.graphs and self.samples == 1:
+        if self.graphs and not self._draws:
             search = functools.partial(self._search, model)
             inputs = model, source, source_lengths, target_lengths
             found = by_graph(self, search, *inputs, longest=longest, multiple=max(8, multiple))
@@ -156,11 +162,11 @@ class LatentArgmax(_Latent):
         steps = width
         if steps is None:
             steps = int(lengths.max()) if len(lengths) else 0
-        if self.samples == 1:
-            noise = torch.zeros(len(source), steps, model.config.dim, device=source.device)
-        else:
+        if self._draws:
             names = range(len(source)) if indices is None else indices.tolist()
             noise = _noise(self.seed, names, lengths, self.samples, steps, model.config.dim)
+        else:
+            noise = torch.zeros(len(source), steps, model.config.dim, device=source.device)
         z, scores = model.sample_prior(
             noise * self.temperature, lengths.repeat_interleave(self.samples), memory
         )

@@ -90,6 +90,14 @@ class FlowSeqConfig(CMLMConfig):
         for field in ("posterior_std", "posterior_updates", "kl_warmup_updates"):
             if not (value := getattr(self, field)) >= 0:
                 raise ValueError(f"`{field}` must not be negative, got {value}")
+        # The source of a single token, too, and the longest must have a length that is possible.
+        least = self.multiple if self.length_kind == "absolute" else 2 * self.multiple - 1
+        if self.length_classes < least:
+            raise ValueError(
+                f"`length_classes` must be at least {least}, so that there is a multiple of "
+                f"{self.multiple} for every source (`length_kind` {self.length_kind}), "
+                f"got {self.length_classes}"
+            )
         # Heads of 8 channels in linear maps, and of half the width in couplings.
         if self.dim % 8 or (self.dim // 2) % self.heads:
             raise ValueError(
@@ -319,9 +327,10 @@ class FlowSeq(TranslationModel):
         """Whether the latent variables are used, and by what.
 
         All a step: `kl_token`, the KL divergence (near 0, the decoder does without z);
-        `posterior_token` and `prior_token`, the cross-entropy of the tokens given the posterior's
-        sample and given the prior's mode (far above the other, z says what the prior does not
-        know of; about equal with `kl_token` near 0, z is not used);
+        `posterior_token`, `prior_sample_token` and `prior_token`, the cross-entropy of the tokens
+        given a sample of the posterior, a sample of the prior and the prior's mode (the latter two
+        far above the first, z says what the prior does not know of; all about equal with `kl_token`
+        near 0, z is not used);
         `posterior_mean_std` and `posterior_std`, over steps and within one; `logdet_0` and so on,
         of every level of the flow.
         """
@@ -335,6 +344,7 @@ class FlowSeq(TranslationModel):
         log_q = -0.5 * (posterior.log_variance + noise.square()).sum()
         log_p = logdets.sum() - 0.5 * drawn.square().sum()
         mode, _ = self.sample_prior(torch.zeros_like(noise), example.lengths, memory)
+        sample, _ = self.sample_prior(noise, example.lengths, memory)
 
         def token_loss(z: Tensor) -> Tensor:
             states = self.decode_latent(z, example.lengths, memory, live)
@@ -343,6 +353,7 @@ class FlowSeq(TranslationModel):
         found = {
             "kl_token": (log_q - log_p) / steps,
             "posterior_token": token_loss(z),
+            "prior_sample_token": token_loss(sample),
             "prior_token": token_loss(mode),
             "posterior_mean_std": posterior.mean[live].std(0, correction=0).mean(),
             "posterior_std": (0.5 * posterior.log_variance[live]).exp().mean(),

@@ -46,8 +46,9 @@ class LengthPredictor(nn.Module):
     difference T - S from -`classes`//2 up; `"logistic"` has the same classes, but few numbers for
     all of them: see `logistic_mixture`. Target lengths outside the range train the nearest
     class, and lengths above `longest` are not predicted. Only multiples of `multiple` are (for
-    models that fill their targets). (Ghazvininejad et al. 2019; the pooled form is that of the
-    public NAT toolkits.)
+    models that fill their targets), and a target trains the next one up, or the last. `classes`
+    and `longest` have to leave each source a possible length. (Ghazvininejad et al. 2019; the
+    pooled form is that of the public NAT toolkits.)
     """
 
     KINDS = ("absolute", "difference", "logistic")

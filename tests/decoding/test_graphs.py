@@ -214,6 +214,7 @@ def test_what_graphs_are_not_for(capture: StandIn, monkeypatch: pytest.MonkeyPat
     MaskPredict(2).decode(model, *make_source([]))
     latent = make_flowseq()
     LatentArgmax(samples=2).decode(latent, *batch)
+    LatentArgmax(noise=True).decode(latent, *batch)
     LatentArgmax(graphs=False).decode(latent, *batch)
     LatentArgmax().decode(latent, *make_source([]))
     # rows 8, candidates 5, width 2 * 16 + 10 rounded up

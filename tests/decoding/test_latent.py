@@ -91,31 +91,65 @@ def test_of_several_samples_the_most_probable_is_taken(model: FlowSeq) -> None:
     )
 
 
+def test_noise_gives_each_seed_its_own_translations(model: FlowSeq) -> None:
+    """One sample a seed, of the most probable length; with several, noise is drawn anyway."""
+    streams = []
+    for seed in (3, 4):
+        strategy = LatentArgmax(noise=True, temperature=0.8, seed=seed)
+        streams.append(strategy.decode(model, SOURCE, LENGTHS).lists())
+        assert strategy.decode(model, SOURCE, LENGTHS).lists() == streams[-1]
+        for row in range(3):
+            n, length = int(LENGTHS[row]), first_length(model, row)
+            generator = np.random.default_rng((seed, row, length, 0))
+            noise = generator.standard_normal((1, length, 16), dtype=np.float32)
+            size = torch.tensor([length])
+            with torch.inference_mode():
+                memory = model.encode(SOURCE[row : row + 1, :n], LENGTHS[row : row + 1])
+                z, _ = model.sample_prior(0.8 * torch.from_numpy(noise), size, memory)
+                tokens = model.log_probs(model.decode_latent(z, size, memory))[0].argmax(-1)
+            assert streams[-1][row][0] == cut(tokens.tolist())
+    mode = LatentArgmax().decode(model, SOURCE, LENGTHS).lists()
+    assert streams[0] not in (streams[1], mode)
+    cold = LatentArgmax(noise=True, temperature=0.0).decode(model, SOURCE, LENGTHS)
+    assert cold.lists() == mode
+    two = [LatentArgmax(samples=2, noise=noise, seed=3) for noise in (False, True)]
+    found, same = (strategy.decode(model, SOURCE, LENGTHS) for strategy in two)
+    assert found.lists() == same.lists()
+
+
+def drafts_of(
+    model: FlowSeq, row: int, strategy: NoisyParallel | ImportanceWeighted
+) -> list[tuple[list[int], float, int, float]]:
+    """Tokens, their mean log-probability, and the length with its log-probability, by the parts."""
+    n, found = int(LENGTHS[row]), []
+    with torch.inference_mode():
+        memory = model.encode(SOURCE[row : row + 1, :n], LENGTHS[row : row + 1])
+        limit = torch.tensor([(2 * n + 10) // 4 * 4])
+        count = strategy.length_candidates
+        lengths, log_probs = model.length.predict(memory.states, memory.lengths, count, limit)
+        for length, log_prob in zip(lengths[0].tolist(), log_probs[0].tolist(), strict=True):
+            for sample in range(strategy.samples):
+                generator = np.random.default_rng((strategy.seed, row, length, sample))
+                noise = generator.standard_normal((1, length, 16), dtype=np.float32)
+                noise = torch.from_numpy(noise) * (strategy.temperature if sample else 0.0)
+                size = torch.tensor([length])
+                z, _ = model.sample_prior(noise, size, memory)
+                best = model.log_probs(model.decode_latent(z, size, memory))[0].max(-1)
+                mean = best.values.mean().item()
+                found.append((cut(best.indices.tolist()), mean, length, log_prob))
+    return found
+
+
 def test_every_draft_is_a_hypothesis(model: FlowSeq) -> None:
     """Its tokens and their mean log-probability, of the same noise put through the parts."""
     strategy = NoisyParallel(length_candidates=2, samples=3, temperature=0.8, seed=4)
     found = strategy.decode(model, SOURCE, LENGTHS)
     assert found.tokens.shape[:2] == (3, 6) and found.passes.tolist() == [1, 1, 1]
     for row in range(3):
-        n = int(LENGTHS[row])
-        wanted = []
-        with torch.inference_mode():
-            memory = model.encode(SOURCE[row : row + 1, :n], LENGTHS[row : row + 1])
-            limit = torch.tensor([(2 * n + 10) // 4 * 4])
-            lengths, _ = model.length.predict(memory.states, memory.lengths, 2, limit)
-            for length in lengths[0].tolist():
-                for sample in range(3):
-                    generator = np.random.default_rng((4, row, length, sample))
-                    noise = generator.standard_normal((1, length, 16), dtype=np.float32)
-                    noise = torch.from_numpy(noise) * (0.8 if sample else 0.0)
-                    size = torch.tensor([length])
-                    z, _ = model.sample_prior(noise, size, memory)
-                    best = model.log_probs(model.decode_latent(z, size, memory))[0].max(-1)
-                    wanted.append((best.values.mean().item(), cut(best.indices.tolist())))
-        wanted.sort(key=lambda pair: -pair[0])
-        assert found.lists()[row] == [tokens for _, tokens in wanted]
+        wanted = sorted(drafts_of(model, row, strategy), key=lambda draft: -draft[1])
+        assert found.lists()[row] == [tokens for tokens, *_ in wanted]
         torch.testing.assert_close(
-            found.scores[row].tolist(), [score for score, _ in wanted], rtol=1e-4, atol=1e-4
+            found.scores[row].tolist(), [draft[1] for draft in wanted], rtol=1e-4, atol=1e-4
         )
 
 
@@ -125,6 +159,7 @@ def test_every_draft_is_a_hypothesis(model: FlowSeq) -> None:
         LatentArgmax(),
         NoisyParallel(length_candidates=2, samples=2, temperature=0.7),
         LatentArgmax(samples=3, temperature=0.7),
+        LatentArgmax(noise=True, temperature=0.7),
         ImportanceWeighted(length_candidates=2, samples=2, importance_samples=2, n_best=3),
     ],
 )
@@ -160,28 +195,33 @@ def importance(model: FlowSeq, row: int, tokens: list[int], noise: Tensor) -> fl
     return torch.stack(weights).logsumexp(0).item() - math.log(len(weights))
 
 
-def test_importance_weights_by_hand(model: FlowSeq) -> None:
-    strategy = ImportanceWeighted(length_candidates=1, samples=1, importance_samples=3, seed=5)
+@pytest.mark.parametrize(("lengths", "samples"), [(1, 1), (2, 2)])
+def test_importance_weights_by_hand(model: FlowSeq, lengths: int, samples: int) -> None:
+    options = {"length_candidates": lengths, "samples": samples, "n_best": lengths * samples}
+    strategy = ImportanceWeighted(importance_samples=3, temperature=0.8, seed=5, **options)
     found = strategy.decode(model, SOURCE, LENGTHS)
-    # One noise-free draft of the most probable length: the tokens of argmax.
-    assert found.lists() == LatentArgmax().decode(model, SOURCE, LENGTHS).lists()
+    if samples == 1:
+        # One noise-free draft of the most probable length: the tokens of argmax.
+        assert found.lists() == LatentArgmax().decode(model, SOURCE, LENGTHS).lists()
     assert found.passes.tolist() == [2, 2, 2]
     for row in range(3):
-        n, tokens, length = int(LENGTHS[row]), found.lists()[row][0], first_length(model, row)
-        filled = max(-(-len(tokens) // 4) * 4, 4)
-        draws = [
-            np.random.default_rng((6, row, filled, k)).standard_normal(
-                (filled, 16), dtype=np.float32
-            )
-            for k in range(3)
-        ]
-        with torch.inference_mode():
-            memory = model.encode(SOURCE[row : row + 1, :n], LENGTHS[row : row + 1])
-            prior = model.length(memory.states, memory.lengths)[0, length - n + 20].item()
-            want = importance(model, row, tokens, torch.from_numpy(np.stack(draws)))
-        torch.testing.assert_close(
-            found.scores[row, 0].item(), (want + prior) / length, rtol=1e-4, atol=1e-4
-        )
+        wanted, drafts = [], drafts_of(model, row, strategy)
+        assert len({length for _, _, length, _ in drafts}) == lengths
+        for tokens, _, length, log_prob in drafts:
+            filled = max(-(-len(tokens) // 4) * 4, 4)
+            draws = [
+                np.random.default_rng((6, row, filled, k)).standard_normal(
+                    (filled, 16), dtype=np.float32
+                )
+                for k in range(3)
+            ]
+            with torch.inference_mode():
+                score = importance(model, row, tokens, torch.from_numpy(np.stack(draws)))
+            wanted.append(((score + log_prob) / length, tokens))
+        wanted.sort(key=lambda pair: -pair[0])
+        assert found.lists()[row] == [tokens for _, tokens in wanted]
+        scores = [score for score, _ in wanted]
+        torch.testing.assert_close(found.scores[row].tolist(), scores, rtol=1e-4, atol=1e-4)
 
 
 def test_equal_drafts_are_scored_once(model: FlowSeq, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,16 +7,28 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from small_systems import make_model, next_log_probs
+from small_systems import make_flowseq, make_model, next_log_probs
 
 from pynar.data import Tokenizer
-from pynar.decoding import AutoregressiveScorer, MaskPredict, RescoringTranslator, Translator
+from pynar.decoding import (
+    AutoregressiveScorer,
+    MaskPredict,
+    NoisyParallel,
+    RescoringTranslator,
+    Strategy,
+    Translator,
+)
 from pynar.symbols import EOS
 
 DRAFTS = MaskPredict(2, 4, n_best=4)
+NOISY = NoisyParallel(length_candidates=2, samples=3, temperature=1.0, seed=1)
 
 
 def make(name: str, tokenizer: Tokenizer, **changes) -> Translator:  # type: ignore[no-untyped-def]
+    if name == "flowseq":
+        size = tokenizer.target_size
+        model = make_flowseq(source_vocabulary=size, target_vocabulary=size, **changes)
+        return Translator(model, tokenizer)
     return Translator(make_model(name, tokenizer.target_size, **changes), tokenizer)
 
 
@@ -64,11 +76,19 @@ def test_janus_scores_several_targets_of_a_source_as_each_alone(lines, tokenizer
         assert scores == pytest.approx([scorer([line], [[t]])[0][0] for t in texts], abs=1e-5)
 
 
-def test_the_best_candidate_is_the_scorers(lines, tokenizer, other_tokenizer) -> None:
-    """Also where its tokenizer is another one."""
-    student, teacher = make("cmlm", tokenizer), make("autoregressive", other_tokenizer)
-    drafts = student.decode(lines[:12], DRAFTS)
-    found = RescoringTranslator(student, teacher).decode(lines[:12], DRAFTS)
+@pytest.mark.parametrize(
+    ("name", "strategy", "count"),
+    [("cmlm", DRAFTS, 12), ("flowseq", NOISY, 4)],
+    ids=["cmlm", "flowseq"],
+)
+def test_the_best_candidate_is_the_scorers(  # type: ignore[no-untyped-def]
+    lines, tokenizer, other_tokenizer, name: str, strategy: Strategy, count: int
+) -> None:
+    """Also where its tokenizer is another one; of FlowSeq, noisy parallel decoding."""
+    student, teacher = make(name, tokenizer), make("autoregressive", other_tokenizer)
+    drafts = student.decode(lines[:count], strategy)
+    found = RescoringTranslator(student, teacher).decode(lines[:count], strategy)
+    assert all(len(draft.alternatives) > 2 for draft in drafts)
     assert any(one.text != other.text for one, other in zip(drafts, found, strict=True))
     for line, draft, result in zip(lines, drafts, found, strict=False):
         wanted = {text: by_hand(teacher, line, text) for text, _ in draft.alternatives}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from small_models import make_batch
 from torch import Tensor
 from torch.distributions import Normal
 
+from pynar import checkpoint
 from pynar.data.batching import Batch, collate
 from pynar.models import FlowSeq, build
 from pynar.models.flowseq import FlowSeqExample, fill_with_eos
-from pynar.nn.flows import Coupling
+from pynar.nn.flows import ActNormLinear, Coupling
 from pynar.symbols import EOS, PAD
 
 SIZES = {
@@ -143,7 +145,8 @@ def test_what_a_validation_logs() -> None:
     found, losses = model.diagnose(example), model(example)
     steps = int(example.lengths.sum())
     assert found["kl_token"] == pytest.approx(losses["kl"].item() / steps)
-    stds, means, logdet, mode = [], [], 0.0, 0.0
+    stds, means, logdet = [], [], 0.0
+    prior = {"prior_token": 0.0, "prior_sample_token": 0.0}
     for row in range(len(batch)):
         one = alone(example, row)
         memory = model.encode(one.batch.source, one.batch.source_lengths)
@@ -155,13 +158,18 @@ def test_what_a_validation_logs() -> None:
         keys_values = model.prior.project(memory.states)
         drawn, _ = model.prior(z, one.lengths, keys_values, memory.lengths)
         logdet += 0.5 * drawn.square().sum().item()
-        zero, _ = model.sample_prior(torch.zeros_like(z), one.lengths, memory)
-        logits = model.logits(model.decode_latent(zero, one.lengths, memory))
-        mode += F.cross_entropy(logits[0], one.labels[0], reduction="sum").item()
+        for term, noise in (
+            ("prior_token", torch.zeros_like(z)),
+            ("prior_sample_token", one.noise),
+        ):
+            drawn, _ = model.prior(noise, one.lengths, keys_values, memory.lengths, inverse=True)
+            logits = model.logits(model.decode_latent(drawn, one.lengths, memory))
+            prior[term] += F.cross_entropy(logits[0], one.labels[0], reduction="sum").item()
     assert found["posterior_std"] == pytest.approx(torch.cat(stds).mean().item())
     spread = torch.cat(means).std(0, correction=0).mean().item()
     assert found["posterior_mean_std"] == pytest.approx(spread)
-    assert found["prior_token"] == pytest.approx(mode / steps)
+    for term, total in prior.items():
+        assert found[term] == pytest.approx(total / steps), term
     assert found["posterior_token"] == pytest.approx(losses["token"].item() / steps)
     levels = [found[f"logdet_{i}"] for i in range(3)]
     assert sum(levels) == pytest.approx(logdet / steps) and 0.0 not in levels
@@ -174,6 +182,42 @@ def test_the_score_of_a_sample_is_that_of_encoding_it_again(changes: dict) -> No
     memory = model.encode(batch.source, batch.source_lengths)
     z, score = model.sample_prior(example.noise, example.lengths, memory)
     torch.testing.assert_close(model.log_prior(z, example.lengths, memory), score)
+
+
+@every_variant
+def test_neither_inverses_nor_log_determinants_are_saved(changes: dict, tmp_path: Path) -> None:
+    """What is saved are the parameters, of a linear map of the flow its matrix and its actnorm."""
+    model = make_model(**changes).float()
+    names = dict(model.named_parameters(remove_duplicate=False)).keys()
+    assert model.state_dict().keys() == names
+    linears = [m for m in model.prior.modules() if isinstance(m, ActNormLinear)]
+    own = {"log_scale": (16,), "bias": (16,), "weight": (16, 16)}
+    assert all({k: v.shape for k, v in m.named_parameters()} == own for m in linears)
+    checkpoint.save(tmp_path / "saved", model, None)
+    assert checkpoint.load_weights(tmp_path / "saved").keys() == names
+
+
+@every_variant
+def test_what_is_frozen_has_the_factors_of_its_weights(changes: dict) -> None:
+    """Not those of an earlier copy."""
+    model, batch = make_model(**changes).float(), make_batch()
+    model.freeze()
+    linears = [m for m in model.prior.modules() if isinstance(m, ActNormLinear)]
+    with torch.no_grad():
+        for linear in linears:
+            linear.weight.add_(0.1 * torch.randn_like(linear.weight))
+    frozen = model.freeze()
+    if frozen._factors is not None:
+        matrices = torch.stack([linear.weight.detach() for linear in linears])
+        wanted = torch.linalg.slogdet(matrices)[1], torch.linalg.inv(matrices)
+        torch.testing.assert_close(frozen._factors, wanted, rtol=1e-3, atol=1e-4)
+    example = make_example(model, batch)
+    with torch.inference_mode():
+        memories = [one.encode(batch.source, batch.source_lengths) for one in (model, frozen)]
+        noise = example.noise.float()
+        z, score = frozen.sample_prior(noise, example.lengths, memories[1])
+        again = model.log_prior(z, example.lengths, memories[0])
+    torch.testing.assert_close(again, score, rtol=1e-3, atol=1e-2)
 
 
 @every_variant
@@ -329,6 +373,8 @@ def test_how_the_posterior_begins(changes: dict, std: float) -> None:
         ({"flow_network": "cnn"}, "`flow_network` must be one of attention, rnn, got 'cnn'"),
         ({"network": "rnn", "ffn_dim": 13}, "`ffn_dim` must be even"),
         ({"flow_network": "rnn", "flow_ffn_dim": 9}, "`flow_ffn_dim` must be even"),
+        ({"length_classes": 6}, "`length_classes` must be at least 7, .* of 4 .*, got 6"),
+        ({"length_classes": 3, "length_kind": "absolute"}, "at least 4, .* absolute.*, got 3"),
         ({"dim": 12, "heads": 2}, "multiple of 8"),
         ({"kl_warmup_updates": -1}, "`kl_warmup_updates`"),
     ],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pynar.nn.flows import ActNorm, ActNormLinear, Coupling, Flow, WeightNormLinear
 
@@ -66,25 +66,111 @@ def test_the_log_determinant_is_that_of_the_jacobian(inverse: bool, transform: s
     compare_with_jacobian(make_flow(transform=transform), inverse)
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        ({"steps": (1,)}, 1),
+        ({"steps": (1,)}, 3),
+        ({"steps": (2, 1)}, 2),
+        ({"steps": (1, 1), "position_attention": False}, 4),
+    ],
+    ids=str,
+)
+def test_the_log_determinant_of_other_shapes(changes: dict, length: int, inverse: bool) -> None:
+    compare_with_jacobian(make_flow(**changes), inverse, length)
+
+
 def test_the_log_determinant_of_recurrent_couplings() -> None:
     flow = make_flow(network="rnn", steps=(1, 1), position_attention=False)
     assert all(hasattr(m.net, "lstm") for m in flow.modules() if isinstance(m, Coupling))
     compare_with_jacobian(flow, inverse=False)
 
 
-def compare_with_jacobian(flow: Flow, inverse: bool) -> None:
+def compare_with_jacobian(flow: Flow, inverse: bool, length: int = int(LENGTHS[1])) -> None:
     z, source = make_inputs()
-    one, length = slice(1, 2), int(LENGTHS[1])
-    rest = LENGTHS[one], flow.project(source[one]), SOURCE_LENGTHS[one]
-    call = functools.partial(_called, flow, rest, inverse)
-    x = z[one, :length]
-    jacobian = torch.autograd.functional.jacobian(lambda x: call(x)[0], x)
-    matrix = jacobian.view(length * DIM, length * DIM)
-    torch.testing.assert_close(call(x)[1][0], torch.linalg.slogdet(matrix)[1])
+    keys_values = flow.project(source[1:])
+    one = flow(z[1:, :length], torch.tensor([length]), keys_values, SOURCE_LENGTHS[1:])
+    assert one[0].shape == (1, length, DIM) and one[1].shape == (1,)
+    x = copies(z[1:, :length])
+    lengths = torch.full((len(x),), length)
+    y, logdet = flow(x, lengths, keys_values, SOURCE_LENGTHS[1:], inverse=inverse)
+    torch.testing.assert_close(logdet, log_det_of_jacobian(y, x).expand_as(logdet))
 
 
-def _called(flow: Flow, rest: tuple, inverse: bool, x: Tensor) -> tuple[Tensor, Tensor]:
-    return flow(x, *rest, inverse=inverse)
+def copies(x: Tensor) -> Tensor:
+    """`x: [1, T, C]` as often as it has numbers."""
+    return x.repeat(x.numel(), 1, 1).requires_grad_()
+
+
+def log_det_of_jacobian(y: Tensor, x: Tensor) -> Tensor:
+    """That of each row of `x`, copies of one, which give the gradient of one number of `y` each.
+
+    So rows must not know of each other: `test_batch_mates_padding_and_nan_change_nothing`.
+    """
+    count = y[0].numel()
+    asked = torch.eye(len(x), count).to(y).view_as(y)
+    (jacobian,) = torch.autograd.grad(y, x, asked)
+    return torch.linalg.slogdet(jacobian[:count].flatten(1))[1]
+
+
+def inputs_of(flow: Flow, modules: Iterable[nn.Module]) -> tuple[list[tuple], Tensor]:
+    """What the modules are given for copies of a sentence of 4, and log-dets `[N, levels]`."""
+    z, source = make_inputs()
+    seen: list[tuple] = []
+    for module in modules:
+        module.register_forward_hook(lambda module, arguments, output: seen.append(arguments))
+    x = copies(z[1:, :4])
+    rest = torch.full((len(x),), 4), flow.project(source[1:]), SOURCE_LENGTHS[1:]
+    with torch.no_grad():
+        noise, logdets = flow(x, *rest, by_level=True)
+        _, negative = flow(noise, *rest, inverse=True, by_level=True)
+    torch.testing.assert_close(negative, -logdets)
+    return [(x.requires_grad_(), context) for x, context, *_ in seen[: len(seen) // 2]], logdets
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (1, 1, 1)])
+def test_each_levels_log_determinant_is_that_of_its_own_jacobian(steps: tuple[int, ...]) -> None:
+    flow = make_flow(steps=steps)
+    seen, logdets = inputs_of(flow, [level[0] for level in flow.levels])
+    assert len(seen) == logdets.shape[1] == len(steps)
+    for level, (x, context), logdet in zip(flow.levels, seen, logdets.T, strict=True):
+        y = x
+        for one in level:  # type: ignore[attr-defined]
+            y, _ = one(y, context)
+        torch.testing.assert_close(logdet, log_det_of_jacobian(y, x).expand_as(logdet))
+
+
+@pytest.mark.parametrize("split", ["features", "alternate", "steps"])
+@pytest.mark.parametrize("up", [True, False])
+@every_network
+def test_a_coupling_changes_one_half_by_the_other(network: str, up: bool, split: str) -> None:
+    flow = make_flow(network=network, steps=(1, 1), position_attention=False)
+    all_couplings = [m for m in flow.modules() if isinstance(m, Coupling)]
+    one = next(m for m in all_couplings if (m.split, m.up) == (split, up))
+    x, context = inputs_of(flow, [one])[0][0]
+    y, logdet = one(x, context)
+    torch.testing.assert_close(logdet, log_det_of_jacobian(y, x).expand_as(logdet))
+    numbers = torch.arange(x[0].numel()).view(x.shape[1:])
+    second = {
+        "features": numbers % DIM >= DIM // 2,
+        "alternate": numbers % 2 == 1,
+        "steps": numbers // DIM % 2 == 1,
+    }[split]
+    assert torch.equal((y != x)[0], second if up else ~second)
+
+
+@every_network
+def test_a_row_without_steps_is_left_out(network: str) -> None:
+    flow, (z, source) = make_flow(network=network), make_inputs()
+    alone = LENGTHS[1:], flow.project(source[1:]), SOURCE_LENGTHS[1:]
+    both = torch.tensor([0, 4]), flow.project(source), SOURCE_LENGTHS
+    for inverse in (False, True):
+        found, logdet = flow(z[:, :4], *both, inverse=inverse)
+        wanted, own = flow(z[1:, :4], *alone, inverse=inverse)
+        assert not found[0].any() and logdet[0] == 0
+        torch.testing.assert_close(found[1:], wanted)
+        torch.testing.assert_close(logdet[1:], own)
 
 
 @every_network

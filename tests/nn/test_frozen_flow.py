@@ -68,6 +68,27 @@ def test_maps_as_the_flow_does(changes: dict[str, object], inverse: bool) -> Non
         assert not found[~live].any()
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(
+    ("steps", "lengths"), [((1,), [1]), ((1,), [1, 0, 1, 1]), ((1, 1), [2]), ((1, 1), [0, 4, 2, 0])]
+)
+def test_shapes_at_the_edge(steps: tuple[int, ...], lengths: list[int], inverse: bool) -> None:
+    """A single step, a single sentence, and rows without steps."""
+    flow, (z, source) = make_flow(steps=steps), make_inputs()
+    rows, width = torch.tensor(lengths), max(lengths)
+    sources = source[: -(-len(lengths) // 2)]
+    results = []
+    for one in (flow, FrozenFlow(flow, torch.float32)):
+        with torch.inference_mode():
+            rest = one.project(sources), SOURCE_LENGTHS[: len(sources)]
+            results.append(one(z[: len(rows), :width], rows, *rest, inverse=inverse))
+    (want, logdet), (found, own) = results
+    assert found.shape == (len(rows), width, DIM) and own.shape == rows.shape
+    torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(own, logdet, rtol=1e-4, atol=1e-3)
+    assert not found[rows == 0].any() and not own[rows == 0].any()
+
+
 @pytest.mark.parametrize("transform", ["affine", "additive"])
 def test_many_rows_of_the_source_are_projected_for_each_coupling(
     transform: str,

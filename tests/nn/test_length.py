@@ -11,9 +11,10 @@ KINDS = ("absolute", "difference", "logistic")
 
 
 def make(
-    kind: str, classes: int, longest: int | None = None, pooling: str = "mean"
+    kind: str, classes: int, longest: int | None = None, pooling: str = "mean", multiple: int = 1
 ) -> LengthPredictor:
-    layer = LengthPredictor(8, kind=kind, classes=classes, pooling=pooling, longest=longest)
+    sizes = {"classes": classes, "longest": longest, "multiple": multiple}
+    layer = LengthPredictor(8, kind=kind, pooling=pooling, **sizes)
     torch.nn.init.normal_(layer.output.weight)
     return layer
 
@@ -45,6 +46,7 @@ def distribution(
     first = 1 if layer.kind == "absolute" else source_length - layer.classes // 2
     longest = layer.longest or 10**6
     possible = {first + i: x for i, x in enumerate(logits) if 1 <= first + i <= longest}
+    possible = {length: x for length, x in possible.items() if length % layer.multiple == 0}
     values = torch.tensor(list(possible.values()), dtype=torch.float64).softmax(0).tolist()
     return dict(zip(possible, values, strict=True))
 
@@ -82,6 +84,33 @@ def test_loss_is_that_of_the_true_length_or_the_nearest(kind: str, longest: int 
             loss = layer.loss(states, torch.tensor([source_length]), torch.tensor([target]))
             expected = -torch.tensor(probability[nearest]).log()
             torch.testing.assert_close(loss, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["difference", "logistic"])
+@pytest.mark.parametrize("classes", [7, 12])
+@pytest.mark.parametrize("longest", [None, 8])
+def test_of_multiples_a_target_trains_the_next(
+    kind: str, classes: int, longest: int | None
+) -> None:
+    """The fewest classes that always hold a multiple of 4, and targets beyond both ends."""
+    layer = make(kind, classes, longest, multiple=4)
+    source_lengths, states = torch.tensor([1, 2, 5, 8, 11]), torch.randn(5, 11, 8)
+    log_probs = layer(states, source_lengths)
+    lengths, best = layer.predict(states, source_lengths, classes)
+    for b, source_length in enumerate(source_lengths.tolist()):
+        probability = distribution(layer, states[b], source_length)
+        expected = torch.zeros(classes)
+        for length, p in probability.items():
+            expected[length - source_length + classes // 2] = p
+        torch.testing.assert_close(log_probs[b].exp(), expected, **CLOSE)
+        ranked = sorted(probability, key=probability.__getitem__, reverse=True)
+        assert lengths[b][best[b] > -torch.inf].tolist() == ranked
+        for target in (0, 1, 3, 4, 5, 8, 9, 12, 15, 40):
+            trained = min((n for n in probability if n >= target), default=max(probability))
+            one = slice(b, b + 1)
+            loss = layer.loss(states[one], source_lengths[one], torch.tensor([target]))
+            wanted = -torch.tensor(probability[trained]).log()
+            torch.testing.assert_close(loss, wanted.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,6 @@
 """What each process of `torchrun` does in test_distributed.py: `ddp_worker.py DATA OUTPUT`."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import torch
 from standin import VOCABULARY, StandIn, StandInConfig, make_batch, make_config
 
 from pynar.data import collate
-from pynar.models import build
+from pynar.decoding.translator import weights_digest
+from pynar.models import FlowSeq, build
 from pynar.training import NonFiniteError, train
 from pynar.training.devices import make_fabric
 from pynar.training.update import Updater
@@ -37,6 +39,20 @@ def make_flowseq() -> torch.nn.Module:
     return build({"model": "flowseq", **sizes, **layers, **flow, **phases})
 
 
+class Replayed(FlowSeq):
+    """Draws the same noise for a batch on whichever rank it is; without dropout, in fp64."""
+
+    @staticmethod
+    def make() -> torch.nn.Module:
+        config = dataclasses.replace(make_flowseq().config, dropout=0.0)
+        torch.manual_seed(0)
+        return Replayed(config).double()
+
+    def corrupt(self, batch, generator):
+        example = super().corrupt(batch, generator.manual_seed(int(batch.source.sum())))
+        return dataclasses.replace(example, noise=example.noise.double())
+
+
 class OneSided(StandIn):
     """From its tenth batch on, on the last rank alone, has an infinite loss."""
 
@@ -62,6 +78,15 @@ def main(data: Path, output: Path) -> None:
         facts = {"losses": summary.losses, "tokens": summary.target_tokens}
         facts["weights"] = {k: v.tolist() for k, v in updater.model.state_dict().items()}
         (output / "updates.json").write_text(json.dumps(facts))
+
+    # Update 3 begins by fitting the prior, to another batch on every rank.
+    updater, digests = Updater(fabric, Replayed.make(), config), []
+    for number in range(2):
+        updater.update(number + 3, batches_of(fabric.global_rank, number))
+        digests.append(weights_digest(updater.model))
+        summary = updater.summary()
+    facts = {"digests": digests, "losses": summary.losses, "norm": summary.grad_norm}
+    (output / f"flowseq-{fabric.global_rank}.json").write_text(json.dumps(facts))
 
     # Wide enough for the grouping of the gradients to matter.
     wide = StandInConfig(dim=64)

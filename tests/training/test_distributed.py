@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddp_worker import QUIET, UPDATES, batches_of
+from ddp_worker import QUIET, UPDATES, Replayed, batches_of
 from standin import StandIn, make_config, weights_of
 
 from pynar import checkpoint
@@ -45,6 +45,20 @@ def test_three_processes_make_the_updates_of_one(output):
     for name, weight in weights_of(updater.model).items():
         theirs = torch.tensor(found["weights"][name], dtype=weight.dtype)
         torch.testing.assert_close(theirs, weight)
+
+
+def test_the_prior_that_one_process_fits_is_that_of_all(output):
+    """In update 3; the losses of update 4 are those of one process with all batches."""
+    found = [json.loads((output / f"flowseq-{rank}.json").read_text()) for rank in range(3)]
+    assert found[0]["digests"] == found[1]["digests"] == found[2]["digests"]
+    config = make_config(schedule="constant", warmup_updates=0)
+    updater = Updater(make_fabric(config), Replayed.make(), config)
+    for number in range(2):
+        updater.update(number + 3, [b for rank in range(3) for b in batches_of(rank, number)])
+        summary = updater.summary()
+    for one in found:
+        assert one["losses"] == pytest.approx(summary.losses)
+        assert one["norm"] == pytest.approx(summary.grad_norm)
 
 
 @pytest.mark.parametrize("run", ["", "flowseq-"])

@@ -65,7 +65,8 @@ def test_a_validation_logs_what_the_model_says_of_itself(data, tmp_path):
     train(make("flowseq"), data, tmp_path, make_config(max_updates=4, validate_every=2))
     lines = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     found = [line for line in lines if line["event"] == "valid"]
-    names = {"kl_token", "posterior_token", "prior_token", "posterior_mean_std", "posterior_std"}
+    names = {"kl_token", "posterior_token", "prior_sample_token", "prior_token"}
+    names |= {"posterior_mean_std", "posterior_std"}
     assert len(found) == 2
     assert all(names | {"logdet_0", "logdet_1", "kl"} <= line.keys() for line in found)
     # On the same noise, but here of the first batch alone.
