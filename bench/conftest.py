@@ -98,29 +98,40 @@ def _assert_agrees(got: Any, want: Any, case: Case) -> None:
 
 
 def _capture(function: Function, arguments: tuple[Tensor, ...]) -> Function:
+    # Libraries choose and load their kernels in the first call.
+    function(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function(*arguments)
     return graph.replay
 
 
-def _in_turns(function: Function, other: Function, arguments: tuple[Tensor, ...]) -> dict[str, Any]:
+def _ready(function: Function, case: Case) -> Function:
+    """The call that is timed, without arguments."""
+    if case.device.type == "cuda" and case.graph:
+        return _capture(function, case.arguments)
+    return lambda: function(*case.arguments)
+
+
+def _in_turns(function: Function, other: Function, device: torch.device) -> dict[str, Any]:
     """How many times as fast `function` is, calls taking turns: median and quartiles of pairs.
 
     The speed of a shared machine drifts between one group of calls and the next by more than many
     a difference that is asked for.
     """
+    clock = CudaClock() if device.type == "cuda" else time.perf_counter
 
     def time_of(function: Function, calls: int) -> float:
-        begin = time.perf_counter()
+        begin = clock()
         for _ in range(calls):
-            function(*arguments)
-        return (time.perf_counter() - begin) / calls
+            function()
+        return (clock() - begin) / calls
 
     calls = max(1, int(2e-3 / time_of(function, 3)))
-    ratios = []
-    end = time.perf_counter() + 2
-    while time.perf_counter() < end or len(ratios) < 20:
+    ratios: list[float] = []
+    begin = time.perf_counter()
+    # Of calls that take seconds there are fewer.
+    while (spent := time.perf_counter() - begin) < 2 or len(ratios) < (20 if spent < 60 else 5):
         # The better of two on each side: what interrupts one of them is no part of it.
         mine, others = time_of(function, calls), time_of(other, calls)
         mine, others = min(mine, time_of(function, calls)), min(others, time_of(other, calls))
@@ -165,9 +176,10 @@ def run_case(benchmark: Any) -> Iterator[Callable[..., None]]:
                 after = read_bandwidth(case.device, case.bytes_moved)
                 # Other work on the machine slows both; what it can do is the better of the two.
                 benchmark.extra_info["ceiling"] = max(before, after)
-                if turns is not None:
-                    found = _in_turns(function, turns[1], case.arguments)
-                    benchmark.extra_info["in_turns"] = {"with": turns[0], **found}
+            if turns is not None:
+                name, other = turns
+                found = _in_turns(_ready(function, case), _ready(other, case), case.device)
+                benchmark.extra_info["in_turns"] = {"with": name, **found}
             if case.flops:
                 benchmark.extra_info["flop_ceiling"] = measure_flop_ceiling(case.device, case.dtype)
 
@@ -176,17 +188,37 @@ def run_case(benchmark: Any) -> Iterator[Callable[..., None]]:
 
 def _time_cuda(benchmark: Any, case: Case, function: Function) -> None:
     benchmark.extra_info["ceiling"] = read_bandwidth(case.device, case.bytes_moved)
-    timed: Function = lambda: function(*case.arguments)  # noqa: E731
-    if case.graph:
-        timed = _capture(function, case.arguments)
+    timed = _ready(function, case)
     flush = torch.empty(256 << 20, dtype=torch.uint8, device=case.device)
-    benchmark._timer = CudaClock()
+    clock = benchmark._timer = CudaClock()
 
     def cool() -> None:
         flush.zero_()
         torch.cuda.synchronize()
 
-    benchmark.pedantic(timed, setup=cool, rounds=100, warmup_rounds=5)
+    begin = clock()
+    timed()
+    # Two seconds of whole updates are enough.
+    rounds = min(100, max(10, int(2 / (clock() - begin))))
+    benchmark.pedantic(timed, setup=cool, rounds=rounds, warmup_rounds=5)
+
+
+def peak_bytes(device: torch.device, function: Callable[[], Any]) -> int:
+    """Returns the most that was allocated at a time while the function ran."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    allocated = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        allocated += event.nbytes()
+        most = max(most, allocated)
+    return most
 
 
 def compiled(function: Function) -> Function:

@@ -7,7 +7,7 @@ for the tests of `pynar.models.JANUS`, whose weights it reads, and the other sid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,11 @@ class Streams:
     query_mask: Tensor  # [B, 1, Q, T]
     rows: Tensor  # [B, Q], boolean: the live queries
     labels: Tensor  # [B, Q]
+    width: int  # no position is as large
+
+    def to(self, device: torch.device | str) -> Streams:
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
 
 def _padded(rows: list[list[int]], value: int) -> Tensor:
@@ -56,7 +61,8 @@ def autoregressive_streams(targets: list[list[int]], ahead: bool = False) -> Str
     seen = [[list(range(t + 1)) for t in range(len(y) + 1)] for y in targets]
     mask = _masks(seen, content.shape[1], content.shape[1])
     labels = _padded([[*y, EOS] for y in targets], PAD)
-    return Streams(content, positions, mask, positions + ahead, mask, labels != PAD, labels)
+    width = content.shape[1] + ahead
+    return Streams(content, positions, mask, positions + ahead, mask, labels != PAD, labels, width)
 
 
 def auxiliary_streams(targets: list[list[int]], masked: list[list[bool]]) -> Streams:
@@ -86,6 +92,7 @@ def auxiliary_streams(targets: list[list[int]], masked: list[list[bool]]) -> Str
         _masks(query_seen, queries.shape[1], content.shape[1]),
         queries != PAD,
         queries,
+        max((len(y) + 2 for y in targets), default=0),
     )
 
 
@@ -126,7 +133,7 @@ def decode(
 
     def embed(tokens: Tensor, positions: Tensor) -> Tensor:
         embedding = model.target_embedding
-        table = embedding.positions(0, int(positions.max()) + 1 if positions.numel() else 0)
+        table = embedding.positions(0, streams.width)
         return model.dropout(embedding.norm(embedding.embed(tokens) + table[positions]))
 
     content = embed(streams.content, streams.content_positions)
@@ -155,7 +162,8 @@ def losses(
 ) -> dict[str, Tensor]:
     """The sum of every term for boolean `masked: [B, T]`."""
     lengths = batch.source_lengths
-    source_mask = (torch.arange(batch.source.shape[1]) < lengths[:, None])[:, None, None]
+    columns = torch.arange(batch.source.shape[1], device=lengths.device)
+    source_mask = (columns < lengths[:, None])[:, None, None]
 
     def encode() -> Tensor:
         return model.encoder(model.dropout(model.source_embedding(batch.source)), lengths)

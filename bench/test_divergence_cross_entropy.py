@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.conftest import DEVICES, Case, compiled, device_or_skip
+from bench.conftest import DEVICES, Case, compiled, device_or_skip, peak_bytes
 from pynar import ops
 
 HEADS, SMOOTHING = 3, 0.1
@@ -77,24 +77,6 @@ def _implementation(name: str) -> Callable[[Tensor, Tensor], Tensor]:
     return gradient(compiled(by_slices) if name == "compile" else by_slices)
 
 
-def _peak_bytes(device: torch.device, function: Callable[[], Any]) -> int:
-    """Returns the most that was allocated at a time while the function ran."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        function()
-    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    allocated = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        allocated += event.nbytes()
-        most = max(most, allocated)
-    return most
-
-
 IMPLEMENTATIONS = ["pynar", "pynar, slices", "pynar, separate heads", "reference", "compile"]
 
 
@@ -144,4 +126,4 @@ def test_divergence_cross_entropy(
         graph=False,
     )
     run_case(case, implementation, run)
-    benchmark.extra_info["peak_bytes"] = _peak_bytes(place, lambda: run(rows, targets))
+    benchmark.extra_info["peak_bytes"] = peak_bytes(place, lambda: run(rows, targets))
