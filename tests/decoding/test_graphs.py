@@ -313,8 +313,16 @@ def no_tensors_from_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "tensor", refuse)
 
 
-@every_system
-@pytest.mark.parametrize("given", [False, True])
+# A flow on meta tensors takes seconds: given lengths once, and more levels only repeat its maps.
+WATCHED = [
+    *((name, given) for name in PARALLEL if name not in LATENT for given in (False, True)),
+    *(("flowseq", given) for given in (False, True)),
+    ("flowseq-learned", False),
+    ("flowseq-rnn", False),
+]
+
+
+@pytest.mark.parametrize(("system", "given"), WATCHED)
 @torch.inference_mode()
 def test_nothing_between_source_and_tokens_waits_for_the_device(
     system: str, given: bool, no_tensors_from_lists: None
@@ -323,7 +331,7 @@ def test_nothing_between_source_and_tokens_waits_for_the_device(
     name, changes, strategy = PARALLEL[system]
     latent = isinstance(strategy, LatentArgmax)
     n_best = 1 if latent else min(strategy.n_best, 3 if given else 12)
-    for dtype in ("fp32", "bf16") if latent else ("fp32", "bf16", "fp16"):
+    for dtype in ("bf16",) if latent else ("fp32", "bf16", "fp16"):
         model = make(name, changes).to("meta").freeze(dtype)
         source = torch.empty(4, 8, dtype=torch.long, device="meta")
         wanted = source[:, 0] if latent else source[:, :3]
