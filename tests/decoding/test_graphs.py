@@ -323,19 +323,20 @@ WATCHED = [
 
 
 @pytest.mark.parametrize(("system", "given"), WATCHED)
-@torch.inference_mode()
 def test_nothing_between_source_and_tokens_waits_for_the_device(
-    system: str, given: bool, no_tensors_from_lists: None
+    system: str, given: bool, request: pytest.FixtureRequest
 ) -> None:
     """A meta tensor has no values: what depends on some raises."""
     name, changes, strategy = PARALLEL[system]
+    made = make(name, changes)
+    request.getfixturevalue("no_tensors_from_lists")  # making the model needed them
     latent = isinstance(strategy, LatentArgmax)
     n_best = 1 if latent else min(strategy.n_best, 3 if given else 12)
     for dtype in ("bf16",) if latent else ("fp32", "bf16", "fp16"):
-        model = make(name, changes).to("meta").freeze(dtype)
+        model = copy.deepcopy(made).to("meta").freeze(dtype)
         source = torch.empty(4, 8, dtype=torch.long, device="meta")
         wanted = source[:, 0] if latent else source[:, :3]
-        with Watch() as watch:
+        with torch.inference_mode(), Watch() as watch:
             inputs = [source, source[:, 0]] + [wanted] * given
             found = strategy._search(model, *inputs, width=16)
         assert watch.found == []
