@@ -250,8 +250,9 @@ class JANUS(CMLM):
             query_positions=self.config.query_positions,
         )
         known = {"ar": tokens + len(batch), "length": len(batch)}
+        # Filled on the device: a copy from the host would wait once more.
         counts = {
-            term: torch.tensor(known.get(term, num_masked), device=masked.device)
+            term: torch.full((), known.get(term, num_masked), device=masked.device)
             for term in self._terms
         }
         return JANUSExample(

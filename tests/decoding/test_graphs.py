@@ -14,12 +14,11 @@ import pytest
 import torch
 from small_systems import LENGTHS, SYSTEMS, assert_same, make_flowseq, make_model, make_source, take
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pynar.decoding import Hypotheses, LatentArgmax, MaskPredict
 from pynar.decoding.graphs import Graphs, graphs_of, row_bucket, width_bucket
 from pynar.symbols import EOS, PAD
+from tests.watch import Watch
 
 LATENT: dict[str, tuple[str, dict[str, Any], LatentArgmax]] = {
     "flowseq": ("flowseq", {}, LatentArgmax()),
@@ -285,24 +284,6 @@ def test_a_graph_keeps_the_table_that_it_reads(capture: StandIn) -> None:
     assert model.target_embedding.table is not table
     assert any(buffer is table for buffer in captured.buffers)
     assert_same(MaskPredict(2).decode(model, *batch), found)
-
-
-class Watch(TorchDispatchMode):
-    """On meta tensors: what would wait for a GPU, or copy to it from the host."""
-
-    # Scalars of these become tensors on the CPU, and then on the device.
-    COPYING = ("aten::where.Scalar", "aten::lift_fresh", "aten::_to_copy", "aten::to.device")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if func.name().startswith(self.COPYING) or any(not x.is_meta for x in tensors):
-            self.found.append(func.name())
-        return func(*args, **kwargs)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pynar.models import JANUS, build
 from pynar.models.janus import JANUSExample, disjoint_span_masking, span_masking
 from pynar.symbols import BOS, EOS, MASK, NUM_SPECIAL, PAD
 from pynar.testing import Tolerance, tolerance
+from tests.watch import Watch
 
 CLOSE = tolerance("cpu", torch.float64)
 SINGLE = tolerance("cpu", torch.float32)  # of the length's loss, whatever the model's type
@@ -228,6 +229,28 @@ def test_a_batch_without_masked_tokens_trains_what_there_is() -> None:
         assert (found[term] == 0) == without and (example.counts[term] == 0) == without
     total(model, found).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def on_meta(x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        return x.to("meta")
+    if isinstance(x, dict):
+        return {name: on_meta(part) for name, part in x.items()}
+    names = getattr(x, "_fields", ()) or getattr(x, "__dataclass_fields__", ())
+    return type(x)(*(on_meta(getattr(x, name)) for name in names)) if names else x
+
+
+@pytest.mark.parametrize("terms", CHOICES, ids="+".join)
+def test_an_update_waits_for_the_device_once(terms: tuple[str, ...]) -> None:
+    """For the numbers of rows: the layout is made, all else runs on meta tensors."""
+    model = make_janus(terms, dropout=0.1)
+    example = on_meta(make_example(model, pairs([9, 9, 4, 6])))
+    model = model.float().to("meta")
+    with Watch() as watch:
+        found = model(example)
+        total(model, found).backward()
+    assert watch.found == []
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def states(model: JANUS, batch: Batch, masked: torch.Tensor) -> dict[str, torch.Tensor]:
