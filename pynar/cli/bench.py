@@ -71,7 +71,8 @@ def _add_systems(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="DIR[:OPTION=VALUE,...]",
         help="checkpoints, e.g. runs/cmlm/best:iterations=4; an autoregressive one stands there "
-        "with greedy search and with a beam of 5, in every engine",
+        "with greedy search and with a beam of 5, in every engine; strategy=NAME and rescorer=DIR "
+        "are options, too",
     )
     parser.add_argument(
         "--random",
@@ -89,7 +90,8 @@ def _add_systems(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["fp32"],
         choices=("none", *FREEZES),
-        help="how PyNAR's models are frozen for inference",
+        help="how PyNAR's models, and their rescorers, are frozen for inference; none leaves them "
+        "as they were trained, to compare",
     )
     parser.add_argument(
         "--engines",
@@ -249,7 +251,8 @@ def _system(text: str, options: argparse.Namespace, random: bool) -> System:
         device=options.device,
     )
     chosen = {key: value for key, value in given.items() if "." not in key}
-    return replace(system, strategy=chosen.pop("strategy", None), options=chosen)
+    own = {name: chosen.pop(name, None) for name in ("strategy", "rescorer")}
+    return replace(system, **own, options=chosen)
 
 
 def _engines(options: argparse.Namespace) -> list[str]:
@@ -272,3 +275,5 @@ def _print(result: dict[str, Any]) -> None:
         console.print(shown)
         for number, note in enumerate(table.notes, 1):
             console.print(f"({number}) {note}", markup=False)
+    for warning in result.get("warnings", []):
+        console.print(f"warning: {warning}", markup=False)

@@ -46,7 +46,18 @@ def _lengths(
     limits = length_limits(memory.lengths, ratio, extra, model.longest)
     limits = (limits // multiple * multiple).clamp(min=multiple)
     lengths, log_probs = model.length.predict(memory.states, memory.lengths, candidates, limits)
-    return (lengths.clamp(min=1) + multiple - 1) // multiple * multiple, log_probs
+    return _steps(model, lengths.clamp(min=1)), log_probs
+
+
+def _steps(model: FlowSeq, lengths: Tensor) -> Tensor:
+    """The next multiples, as many as there are latent variables."""
+    multiple = model.config.multiple
+    return (lengths + multiple - 1) // multiple * multiple
+
+
+def _cut(tokens: Tensor, lengths: Tensor) -> Tensor:
+    beyond = torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
+    return tokens.masked_fill(beyond, PAD)
 
 
 def _choose(
@@ -80,6 +91,18 @@ class _Latent:
         for field in ("temperature", "seed", "max_ratio", "max_extra"):
             if not (amount := getattr(self, field)) >= 0:
                 raise ValueError(f"{own}: `{field}` must not be negative, got {amount}")
+
+    def _check_lengths(self, target_lengths: Tensor | None, source_lengths: Tensor) -> int:
+        """The greatest of the given lengths, 0 if there are none."""
+        if target_lengths is None:
+            return 0
+        on_host = target_lengths.tolist()
+        if target_lengths.shape != source_lengths.shape or min(on_host, default=1) < 1:
+            raise ValueError(
+                f"{type(self).__name__}: `target_lengths` must be {len(source_lengths)} positive "
+                f"lengths, got {on_host}"
+            )
+        return max(on_host, default=1)
 
     @property
     def drafts(self) -> int:
@@ -120,15 +143,9 @@ class LatentArgmax(_Latent):
 
         With `target_lengths: [B]` to these lengths, but for sentences that end before.
         """
-        longest, multiple = 0, model.config.multiple
+        multiple = model.config.multiple
+        longest = -(-self._check_lengths(target_lengths, source_lengths) // multiple) * multiple
         if target_lengths is not None:
-            on_host = target_lengths.tolist()
-            if target_lengths.shape != source_lengths.shape or min(on_host, default=1) < 1:
-                raise ValueError(
-                    f"LatentArgmax: `target_lengths` must be {len(source_lengths)} positive "
-                    f"lengths, got {on_host}"
-                )
-            longest = -(-max(on_host, default=1) // multiple) * multiple
             target_lengths = target_lengths.to(source.device)
         if self.graphs and not self._draws:
             search = functools.partial(self._search, model)
@@ -157,8 +174,7 @@ class LatentArgmax(_Latent):
         if target_lengths is None:
             lengths, _ = _lengths(model, memory, 1, self.max_ratio, self.max_extra)
         else:
-            multiple = model.config.multiple
-            lengths = ((target_lengths + multiple - 1) // multiple * multiple)[:, None]
+            lengths = _steps(model, target_lengths)[:, None]
         steps = width
         if steps is None:
             steps = int(lengths.max()) if len(lengths) else 0
@@ -177,8 +193,7 @@ class LatentArgmax(_Latent):
             z = z.gather(1, best[..., None, None].expand(-1, -1, *z.shape[2:])).squeeze(1)
         tokens, _ = _tokens(model, z, lengths[:, 0], memory, select=width is None)
         if target_lengths is not None:
-            beyond = torch.arange(tokens.shape[1], device=tokens.device) >= target_lengths[:, None]
-            tokens = tokens.masked_fill(beyond, PAD)
+            tokens = _cut(tokens, target_lengths)
         passes = torch.ones_like(source_lengths)
         return _choose(tokens[:, None], scores, 1, passes, width)
 
@@ -203,11 +218,16 @@ class NoisyParallel(_Latent):
         source_lengths: Tensor,
         *,
         indices: Tensor | None = None,
+        target_lengths: Tensor | None = None,
     ) -> Hypotheses:
-        """As `LatentArgmax.decode`; every draft is a hypothesis."""
+        """As `LatentArgmax.decode`; every draft is a hypothesis.
+
+        With `target_lengths: [B]` there are `samples` of a sentence, all of this length.
+        """
+        self._check_lengths(target_lengths, source_lengths)
         memory = model.encode(source, source_lengths)
         names = range(len(source)) if indices is None else indices.tolist()
-        drafts = _draft(model, memory, names, self)
+        drafts = _draft(model, memory, names, self, target_lengths)
         shape = len(source), drafts.lengths.shape[1] * self.samples
         scores = drafts.token_scores / drafts.rows.clamp(min=1)
         passes = torch.ones_like(source_lengths)
@@ -246,11 +266,13 @@ class ImportanceWeighted(_Latent):
         source_lengths: Tensor,
         *,
         indices: Tensor | None = None,
+        target_lengths: Tensor | None = None,
     ) -> Hypotheses:
-        """As `LatentArgmax.decode`."""
+        """As `NoisyParallel.decode`, but for the `n_best`; a given length counts as sure."""
+        self._check_lengths(target_lengths, source_lengths)
         memory = model.encode(source, source_lengths)
         names = range(len(source)) if indices is None else indices.tolist()
-        drafts = _draft(model, memory, names, self)
+        drafts = _draft(model, memory, names, self, target_lengths)
         tokens, lengths, log_probs = drafts.tokens, drafts.lengths, drafts.log_probs
         prior = log_probs.repeat_interleave(self.samples, 1)
         scores = self._score_distinct(model, tokens.unflatten(0, prior.shape), memory, names)
@@ -325,18 +347,27 @@ def _draft(
     memory: Memory,
     names: Sequence[int],
     options: NoisyParallel | ImportanceWeighted,
+    target_lengths: Tensor | None,
 ) -> _Drafts:
-    """r samples for each of n lengths, the first without noise."""
-    lengths, log_probs = _lengths(
-        model, memory, options.length_candidates, options.max_ratio, options.max_extra
-    )
+    """r samples for each of n lengths, or for the given one; the first without noise."""
+    if target_lengths is None:
+        lengths, log_probs = _lengths(
+            model, memory, options.length_candidates, options.max_ratio, options.max_extra
+        )
+    else:
+        target_lengths = target_lengths.to(memory.lengths.device)
+        lengths = _steps(model, target_lengths)[:, None]
+        log_probs = torch.zeros(lengths.shape, device=lengths.device)
     width = int(lengths.max()) if len(lengths) else 0
     noise = _noise(options.seed, names, lengths, options.samples, width, model.config.dim)
     noise = noise * options.temperature
     noise.unflatten(0, (-1, options.samples))[:, 0] = 0
     rows = lengths.flatten().repeat_interleave(options.samples)
     z, _ = model.sample_prior(noise, rows, memory)
-    return _Drafts(lengths, log_probs, rows, *_tokens(model, z, rows, memory))
+    tokens, scores = _tokens(model, z, rows, memory)
+    if target_lengths is not None:
+        tokens = _cut(tokens, target_lengths.repeat_interleave(options.samples))
+    return _Drafts(lengths, log_probs, rows, tokens, scores)
 
 
 def _tokens(

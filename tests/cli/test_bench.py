@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pynar.checkpoint import FORMAT
 from pynar.cli import main
+from pynar.evaluation.benchmark import System
 
 SIZES = {"dim": 16, "ffn_dim": 24, "heads": 2, "encoder_layers": 1, "decoder_layers": 1}
 
@@ -30,6 +32,8 @@ def test_one_command_leaves_numbers_table_and_plot(recipe: Path, tmp_path: Path,
     assert run("--random", system, "--vocabulary", 50, *settings, "--output", output) == 0
     shown = capsys.readouterr().out
     assert "MaskPredict(iterations=3" in shown and "latency_length.png" in shown
+    warning = "no strong baseline among the random models"
+    assert f"s] warning: {warning}" in shown and f"\nwarning: {warning}" in shown
     result = json.loads((output / "results.json").read_text())
     assert [(row["kind"], row["batch"], row["length"]) for row in result["rows"]] == [
         ("length", 1, 5),
@@ -37,11 +41,13 @@ def test_one_command_leaves_numbers_table_and_plot(recipe: Path, tmp_path: Path,
     ]
     assert [row["layer_evaluations"] for row in result["rows"]] == [1 + 3 * 2 * 4] * 2
     assert (output / "latency_length.png").read_bytes().startswith(b"\x89PNG")
+    assert [text.startswith(warning) for text in result["warnings"]] == [True]
     # Without a text there is no quality to draw.
     assert not (output / "quality_latency.png").exists()
 
     table = (output / "table.md").read_text()
     assert "| sentences/s, 5 tokens |" in table and "1 thread, batch 4" in table
+    assert f"**Warning: {warning}" in table
 
     # Table and plots come from the numbers alone, with quality where there is some.
     quality = {"bleu": 30.0, "chrf": 50.0, "signatures": {"bleu": "x"}}
@@ -54,6 +60,27 @@ def test_one_command_leaves_numbers_table_and_plot(recipe: Path, tmp_path: Path,
     again = tmp_path / "again"
     assert (again / "quality_latency.png").read_bytes().startswith(b"\x89PNG")
     assert "(of 9)" in (again / "table.md").read_text()
+
+
+def test_every_model_in_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[System] = []
+
+    def stop(systems: list[System], *_: object, **__: object) -> None:
+        asked.extend(systems)
+        raise ValueError("nothing is to be measured")
+
+    monkeypatch.setattr("pynar.cli.bench.benchmark", stop)
+    for name in ("cmlm", "janus"):
+        fields = {**SIZES, "source_vocabulary": 50, "target_vocabulary": 50, "model": name}
+        (tmp_path / name).mkdir()
+        content = yaml.safe_dump({"format": FORMAT, "model": fields})
+        (tmp_path / name / "config.yaml").write_text(content)
+    model, rescorer = tmp_path / "cmlm", tmp_path / "janus"
+    given = f"{model}:n_best=3,rescorer={rescorer}"
+    run("--model", given, "--freeze", "none", "fp32", "bf16", "int8", "--engines", "none")
+    assert [system.freeze for system in asked] == [None, "fp32", "bf16", "int8"]
+    assert {system.rescorer for system in asked} == {str(rescorer)}
+    assert [system.options for system in asked] == [{"n_best": 3}] * 4
 
 
 def test_mistakes_are_one_line(recipe: Path, tmp_path: Path, capsys) -> None:
@@ -71,6 +98,7 @@ def test_mistakes_are_one_line(recipe: Path, tmp_path: Path, capsys) -> None:
     assert "ar_base" in fails("--random", "nothing")
     assert "unknown key `beam`" in fails("--random", f"{recipe}:beam=3")
     assert "expected OPTION=VALUE" in fails("--random", f"{recipe}:beam")
+    assert "`rescorer` must be none" in fails("--random", f"{recipe}:rescorer=x")
     assert "only a --random recipe" in fails("--model", f"{recipe}:model.dim=3")
     assert "unknown key `dimm`" in fails("--random", f"{recipe}:model.dimm=3")
     assert "--reference needs --source" in fails("--random", recipe, "--reference", recipe)

@@ -80,6 +80,32 @@ def test_lengths_may_be_given(model: FlowSeq) -> None:
         LatentArgmax().decode(model, SOURCE, LENGTHS, target_lengths=torch.tensor([4]))
 
 
+@pytest.mark.parametrize("kind", [NoisyParallel, ImportanceWeighted])
+def test_drafts_of_a_given_length(
+    model: FlowSeq, kind: type[NoisyParallel | ImportanceWeighted]
+) -> None:
+    """Those of the most probable length, if that is given; fewer tokens are their beginnings."""
+    predicted = torch.tensor([first_length(model, row) for row in range(3)])
+    options = {"n_best": 3} if kind is ImportanceWeighted else {}
+    free = kind(length_candidates=1, samples=3, **options).decode(model, SOURCE, LENGTHS)
+    strategy = kind(samples=3, **options)
+    given = strategy.decode(model, SOURCE, LENGTHS, target_lengths=predicted)
+    assert given.lists() == free.lists()
+    if kind is ImportanceWeighted:  # the only length has a probability, the given one has none
+        for row, length in enumerate(predicted.tolist()):
+            drafts = drafts_of(model, row, kind(length_candidates=1, samples=3))
+            torch.testing.assert_close(
+                given.scores[row], free.scores[row] - drafts[0][3] / length, rtol=1e-4, atol=1e-4
+            )
+    else:
+        torch.testing.assert_close(given.scores, free.scores)
+        short = strategy.decode(model, SOURCE, LENGTHS, target_lengths=predicted - 1)
+        for row, (some, all_) in enumerate(zip(short.lists(), free.lists(), strict=True)):
+            assert some == [tokens[: int(predicted[row]) - 1] for tokens in all_]
+    with pytest.raises(ValueError, match=f"{kind.__name__}: `target_lengths` must be 3 positive"):
+        strategy.decode(model, SOURCE, LENGTHS, target_lengths=torch.tensor([4, 0, 4]))
+
+
 def test_of_several_samples_the_most_probable_is_taken(model: FlowSeq) -> None:
     one = LatentArgmax(samples=1).decode(model, SOURCE, LENGTHS)
     few = LatentArgmax(samples=2, temperature=0.5, seed=3).decode(model, SOURCE, LENGTHS)

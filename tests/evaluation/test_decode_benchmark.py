@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pynar
 from pynar import checkpoint
 from pynar.data import Tokenizer
 from pynar.data.normalisation import corpus
-from pynar.decoding import BeamSearch, Greedy, MaskPredict
+from pynar.decoding import BeamSearch, Greedy, MaskPredict, RescoringTranslator
 from pynar.evaluation import evaluate
 from pynar.evaluation.benchmark import Plan, System, benchmark, expand, run
 from pynar.evaluation.benchmark.client import Worker, WorkerError
@@ -125,17 +126,55 @@ def test_layer_evaluations_are_the_layers_that_run(place, name, strategy, option
 
 
 @pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cmlm", {"options": {"iterations": 3, "length_candidates": 4, "n_best": 2}}),
+        ("flowseq", {"strategy": "npd", "options": {"length_candidates": 2, "samples": 3}}),
+    ],
+)
+def test_a_rescorer_chooses(place: Path, name: str, options: dict) -> None:
+    """As it does elsewhere; its layers are counted by hooks, and its weights with the others."""
+    scorer = str(place / "autoregressive")
+    system = System(model=str(place / name), rescorer=scorer, **options)
+    engine = PyNAREngine(system)
+    expected = RescoringTranslator(pynar.load(place / name), pynar.load(scorer))
+    (line, *_) = lines = (place / "source").read_text().splitlines()
+    results = expected.decode(lines, system.decoding)
+    texts, passes = engine.translate(lines)
+    assert texts == [result.text for result in results]
+    assert passes == [result.passes for result in results]
+    models = [engine.translator.model, engine.writer.scorer.translator.model]
+    assert engine.parameters == sum(p.numel() for model in models for p in model.parameters())
+    assert system.name.startswith(f"{place / name} + {scorer} ")
+
+    rows: list[int] = []
+    layers = [models[1].encoder.layers, models[1].decoder.layers]
+    for layer in itertools.chain(*layers):
+        layer.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    (result,) = engine.writer.decode([line], system.decoding)
+    alone = dataclasses.replace(system, rescorer=None).layer_evaluations(result.passes - 1)
+    # Equal ones would have been scored once.
+    assert len(result.alternatives) == (2 if name == "cmlm" else 6)
+    assert system.layer_evaluations(result.passes) - alone == sum(rows)
+
+
+@pytest.mark.parametrize(
     ("name", "options", "passes"),
     [
         ("autoregressive", {"strategy": "greedy"}, 8),
         ("autoregressive", {"strategy": "beam", "options": {"beam": 3}}, 8),
         ("cmlm", {"options": {"iterations": 3}}, 3),
         ("flowseq", {}, 1),
+        ("flowseq", {"strategy": "npd", "options": {"samples": 2}}, 1),
+        ("flowseq", {"strategy": "iwd", "options": {"samples": 2}}, 2),
     ],
 )
 def test_lengths_are_forced(place: Path, name: str, options: dict, passes: int) -> None:
     engine = PyNAREngine(random_system(place, name, **options))
-    written, counted = engine.generate(engine.prepare([[7] * 7, [9] * 7], 7))
+    batch = engine.prepare([[7] * 7, [9] * 7], 7)
+    # As many drafts as were asked for.
+    assert getattr(batch[2], "drafts", engine.width) == engine.width
+    written, counted = engine.generate(batch)
     assert [len(ids) for ids in written] == [7, 7]
     assert counted == [passes, passes]
 
@@ -152,6 +191,46 @@ def test_sampling_cannot_be_forced(place: Path) -> None:
     engine = PyNAREngine(random_system(place, "autoregressive", strategy="sampling"))
     with pytest.raises(ValueError, match="Sampling cannot be forced"):
         engine.prepare([[7]], 7)
+
+
+def test_what_has_no_place_in_a_cell_is_left_out_and_told(place: Path) -> None:
+    rescored = System(
+        model=str(place / "flowseq"), strategy="npd", rescorer=str(place / "autoregressive")
+    )
+    drafting = System(model="quickstart_janus", random=True, strategy="draft_and_verify")
+    sampling = random_system(place, "autoregressive", strategy="sampling")
+    greedy = random_system(place, "autoregressive", strategy="greedy")
+    systems = [rescored, dataclasses.replace(rescored, freeze="fp32"), drafting, sampling, greedy]
+    plan = Plan(threads=(1,), batches=(4,), lengths=(3,), repetitions=1)
+    turns: list[str] = []
+    measured = {}
+    for cell in plan.cells(LINES):
+        members = [Clockwork(system, [0.1], turns) for system in systems]
+        rows = run._measure(cell, members, run.Scores([], []), plan, ["a"] * LINES)
+        measured[cell["kind"]] = [row.system for row in rows if row.failure is None]
+    assert measured == {"text": [rescored.name] * 2, "model": [], "length": [greedy.name]}
+    warnings = run._warnings(systems, plan, LINES)
+    assert len(warnings) == 4
+    assert "not measured from ids to ids or with given lengths: its rescorer" in warnings[0]
+    assert warnings[1].startswith(f"{drafting.name} is not measured with given lengths: its passes")
+    assert warnings[2].startswith(f"{sampling.name} is not measured with given lengths: what it")
+    assert warnings[3].startswith("no strong baseline among the checkpoints")
+    # Without a text, nobody looks for it there.
+    assert not any("from ids" in warning for warning in run._warnings(systems, plan, 0))
+
+
+def test_a_missing_baseline_is_told(place: Path) -> None:
+    model, plan = System(model=str(place / "autoregressive")), Plan(threads=(1,))
+    greedy, beam = expand([model], freezes=[None], engines=[])
+    nar = System(model=str(place / "cmlm"))
+    rescored = dataclasses.replace(greedy, rescorer=model.model)
+    assert run._warnings([nar, greedy], plan, LINES) == []
+    (warning,) = run._warnings([nar, random_system(place, "cmlm"), greedy], plan, LINES)
+    assert "among the random models" in warning and "--random ar_base" in warning
+    for systems in ([nar], [nar, beam]):
+        (warning,) = run._warnings(systems, plan, LINES)
+        assert "among the checkpoints" in warning and "--model runs/ar/best" in warning
+    assert "no strong baseline" in run._warnings([rescored], plan, LINES)[-1]
 
 
 def test_ctranslate2_writes_what_pynar_writes(place: Path, tmp_path: Path) -> None:
@@ -315,7 +394,7 @@ def test_quality_is_that_of_the_translations(result: dict, place: Path) -> None:
                 assert row["quality"] is None
 
 
-def test_what_cannot_be_is_a_failed_row_and_a_note(result: dict) -> None:
+def test_what_cannot_be_is_a_failed_row_and_a_note(result: dict, place: Path) -> None:
     (row,) = rows_of(result, kind="length", length=40, random=True)
     assert "positions for 16 tokens" in row["failure"]
     assert all(not r["failure"] for r in result["rows"] if r is not row)
@@ -323,10 +402,20 @@ def test_what_cannot_be_is_a_failed_row_and_a_note(result: dict) -> None:
     assert [table.title.split(";")[0] for table in made] == [
         "Raw text in to raw text out",
         "Model only: token ids in, token ids out, batches ready",
+        "By length of the source, raw text to raw text",
         "By length, model only, source and target of as many random tokens",
     ]
     assert all(len(line) == len(table.header) for table in made for line in table.rows)
-    assert "failed (1)" in made[2].rows[-1]
+    assert "failed (1)" in made[3].rows[-1]
+    assert made[3].title.endswith("batch 1, 5 sentences a length")
+    # The buckets are those of the source's words.
+    words = [len(line.split()) for line in (place / "source").read_text().splitlines()]
+    counts = Counter((n - 1) // 10 for n in (words[i] for i in sample(LINES, 6)))
+    assert made[2].header[2:] == [
+        f"ms p50, {10 * tens + 1}-{10 * tens + 10} words ({count} sentences)"
+        for tens, count in sorted(counts.items())
+    ]
+    assert len(made[2].rows) == len(made[0].rows)
     text = markdown(result)
     assert "positions for 16 tokens" in text and "nrefs:1" in text and "1 (baseline)" in text
 
@@ -448,6 +537,8 @@ def test_engines_are_for_autoregressive_models(place: Path, monkeypatch) -> None
     names = [s.engine_name for s in expand([model], freezes=[None], engines=engines)]
     int8 = "CTranslate2 int8"
     assert names == ["PyNAR", "CTranslate2 float32", int8, f"{int8}, workers"]
+    rescored = dataclasses.replace(model, rescorer=model.model)  # PyNAR alone
+    assert len(expand([rescored], freezes=[None], engines=engines)) == 1
     janus = System(model="quickstart_janus", random=True, strategy="greedy")
     assert len(expand([janus], freezes=[None], engines=engines)) == 1
     for wrong in ("ctranslate2:int8:x", "ctranslate2:int8:workers:2"):
@@ -486,6 +577,9 @@ def test_mistakes_are_named_before_anything_starts(place: Path) -> None:
     fails("`freeze` must be one of fp32, bf16, int8", freeze="x")
     fails("must be one of mask_predict", strategy="beam")
     fails("unknown key `beam`", options={"beam": 3})
+    fails("goes from left to right, got .*flowseq", rescorer=str(place / "flowseq"))
+    with pytest.raises(ValueError, match="`rescorer` must be none with random weights"):
+        random_system(place, "flowseq", rescorer=str(place / "autoregressive"))
     with pytest.raises(ValueError, match="`model` must be one of"):
         changed = random_system(place, "cmlm", changes=["model.model=x"])
         expand([changed], freezes=[None], engines=[])

@@ -14,7 +14,18 @@ from torch import Tensor
 
 import pynar
 from pynar.data import Tokenizer
-from pynar.decoding import BeamSearch, Greedy, LatentArgmax, MaskPredict, Strategy, Translator
+from pynar.decoding import (
+    BeamSearch,
+    Greedy,
+    ImportanceWeighted,
+    LatentArgmax,
+    LineTranslator,
+    MaskPredict,
+    NoisyParallel,
+    RescoringTranslator,
+    Strategy,
+    Translator,
+)
 from pynar.evaluation.benchmark.systems import System
 from pynar.models import build
 from pynar.symbols import NAMES
@@ -55,10 +66,12 @@ class PyNAREngine:
     """PyNAR's own decoding."""
 
     def __init__(self, system: System) -> None:
-        translator = load_translator(system)
-        # Counted before: packed weights are no parameters any more.
-        self.parameters = sum(p.numel() for p in translator.model.parameters())
-        self.translator = translator if system.freeze is None else translator.freeze(system.freeze)
+        self.translator, self.parameters = _loaded(system)
+        self.writer: LineTranslator = self.translator
+        if system.scorer is not None:
+            scorer, parameters = _loaded(system.scorer)
+            self.writer = RescoringTranslator(self.translator, scorer)
+            self.parameters += parameters
         model = self.translator.model
         self.strategy = system.decoding
         self.width = system.width
@@ -67,7 +80,7 @@ class PyNAREngine:
 
     def translate(self, lines: Sequence[str]) -> tuple[list[str], list[int | None]]:
         # The caller made the batch; nothing is to divide it further.
-        results = self.translator.decode(lines, self.strategy, max_tokens=1 << 40)
+        results = self.writer.decode(lines, self.strategy, max_tokens=1 << 40)
         return [result.text for result in results], [result.passes for result in results]
 
     def prepare(self, sources: Ids, length: int | None) -> tuple[Tensor, Tensor, Strategy, dict]:
@@ -82,7 +95,10 @@ class PyNAREngine:
         elif isinstance(strategy, MaskPredict):
             wanted = torch.full((len(sources), self.width), length, device=source.device)
             forced["target_lengths"] = wanted
-        elif isinstance(strategy, LatentArgmax):
+        elif isinstance(strategy, (LatentArgmax, NoisyParallel, ImportanceWeighted)):
+            if not isinstance(strategy, LatentArgmax):
+                # As many drafts, all of this length; equal ones would be scored but once.
+                strategy = replace(strategy, samples=self.width, length_candidates=1)
             forced["target_lengths"] = torch.full_like(lengths, length)
         else:
             raise ValueError(f"{type(strategy).__name__} cannot be forced to a length")
@@ -92,6 +108,16 @@ class PyNAREngine:
         source, lengths, strategy, forced = batch
         found = strategy.decode(self.translator.model, source, lengths, **forced)
         return [rows[0] for rows in found.lists()], found.passes.tolist()
+
+
+def _loaded(system: System) -> tuple[Translator, int]:
+    """The system's model, frozen if it is to be, and the number of its parameters."""
+    translator = load_translator(system)
+    # Counted before: packed weights are no parameters any more.
+    parameters = sum(p.numel() for p in translator.model.parameters())
+    if system.freeze is not None:
+        translator = translator.freeze(system.freeze)
+    return translator, parameters
 
 
 def load_translator(system: System) -> Translator:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pynar.evaluation.benchmark.intervals import Interval, median_interval, ratio_interval
-from pynar.evaluation.benchmark.systems import System, layer_evaluations
+from pynar.evaluation.benchmark.systems import System
 from pynar.evaluation.benchmark.worker import sample
 from pynar.evaluation.metrics import evaluate
 from pynar.evaluation.speed import percentile
@@ -30,6 +30,7 @@ class Row:
     random: bool
     family: str
     strategy: str
+    rescorer: str | None
     engine: str
     threads: int
     kind: str  # "text": raw text to raw text; "model": ids to ids; "length": of random ids
@@ -65,6 +66,7 @@ class Row:
             random=system.random,
             family=system.family.name,
             strategy=type(system.decoding).__name__,
+            rescorer=system.rescorer,
             engine=system.engine_name,
             threads=threads,
             kind=cell["kind"],
@@ -74,7 +76,7 @@ class Row:
 
     def fill(self, system: System, facts: dict[str, Any], answers: list[dict[str, Any]]) -> None:
         """Takes in the answers of all repetitions."""
-        config, first = system.config, answers[0]
+        first = answers[0]
         self.sentences, self.repetitions = first["sentences"], len(answers)
         totals = [sum(answer["seconds"]) for answer in answers]
         if self.batch == 1:
@@ -94,8 +96,7 @@ class Row:
                 self.ms[name] = median_interval(times)
         self.passes = first["passes"]
         if self.passes is not None:
-            layers = (config.encoder_layers, system.decoder_layers)
-            self.layer_evaluations = layer_evaluations(*layers, self.passes, system.width)
+            self.layer_evaluations = system.layer_evaluations(self.passes)
         self.parameters, self.base_bytes = facts["parameters"], facts["base_bytes"]
         peaks = [answer["peak_bytes"] for answer in answers]
         self.peak_bytes = None if None in peaks else max(peaks)
@@ -113,7 +114,7 @@ def compare_rows(rows: Sequence[Row]) -> None:
     done = [row for row in rows if row.failure is None]
     for random in (False, True):
         group = [row for row in done if row.random == random]
-        greedy = [row for row in group if row.strategy == "Greedy"]
+        greedy = [row for row in group if row.strategy == "Greedy" and row.rescorer is None]
         if not greedy:
             continue
         baseline = _fastest([row for row in greedy if row.system == greedy[0].system])

@@ -167,8 +167,9 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measures all `systems` on `lines`, and on random sentences of the plan's lengths.
 
-    Random models take part in the latter only. A system that fails in a cell has a row there that
-    says why. Ctrl-C ends the measurement early: `complete` is then false.
+    Random models take part in the latter only. `warnings` tell of systems that some cells have no
+    place for, and of a missing baseline. A system that fails in a cell has a row there that says
+    why. Ctrl-C ends the measurement early: `complete` is then false.
     """
     for stream in references:
         if len(stream) != len(lines):
@@ -186,8 +187,11 @@ def benchmark(
         "systems": [{"name": s.name, "engine": s.engine_name, **asdict(s)} for s in systems],
         "device": systems[0].device,
         "lines": len(lines),
+        "warnings": _warnings(systems, plan, len(lines)),
         "ceilings": {},
     }
+    for warning in result["warnings"]:
+        tell(f"warning: {warning}")
     rows: list[Row] = []
     scores = Scores(references, lines)
     device = systems[0].device
@@ -217,6 +221,39 @@ def benchmark(
         scores.score()
     result["rows"] = [row.json() for row in rows]
     return result
+
+
+def _warnings(systems: Sequence[System], plan: Plan, lines: int) -> list[str]:
+    """What a reader of the tables would look for in vain, and why."""
+    left_out: dict[tuple[str, str], list[str]] = {}
+    for kind in dict.fromkeys(cell["kind"] for cell in plan.cells(lines)):
+        how = "from ids to ids" if kind == "model" else "with given lengths"
+        for system in systems:
+            reason = system.left_out(kind)
+            if reason is not None and _has_input(system, kind):
+                ways = left_out.setdefault((system.name, reason), [])
+                # Engines of one model share its name.
+                ways += [how] if how not in ways else []
+    found = [
+        f"{name} is not measured {' or '.join(ways)}: {reason}"
+        for (name, reason), ways in left_out.items()
+    ]
+    for random, group, example in (
+        (False, "checkpoints", "--model runs/ar/best"),
+        (True, "random models", "--random ar_base ar_12-1"),
+    ):
+        own = [system for system in systems if system.random == random]
+        if own and not any(system.greedy for system in own):
+            found.append(
+                f"no strong baseline among the {group}, so no speed-up of theirs is shown; add "
+                f"greedy search of an autoregressive model, e.g. {example}"
+            )
+    return found
+
+
+def _has_input(system: System, kind: str) -> bool:
+    # A random model has no tokenizer.
+    return kind == "length" or not system.random
 
 
 class _Exports:
@@ -253,7 +290,12 @@ def _measure(
     cell: Cell, members: Sequence[Member], scores: Scores, plan: Plan, lines: Sequence[str]
 ) -> list[Row]:
     """The rows of one cell: all are warmed up, then they take turns, repetition by repetition."""
-    taking_part = [m for m in members if cell["kind"] == "length" or not m.system.random]
+    kind = cell["kind"]
+    taking_part = [
+        member
+        for member in members
+        if _has_input(member.system, kind) and member.system.left_out(kind) is None
+    ]
     entries = [_Entry(member, cell, plan) for member in taking_part]
     for entry in entries:
         entry.attempt(entry.prepare)

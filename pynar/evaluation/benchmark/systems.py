@@ -11,6 +11,7 @@ from typing import Any
 from pynar.checkpoint import read_config
 from pynar.decoding import (
     BeamSearch,
+    DraftAndVerify,
     Greedy,
     ImportanceWeighted,
     LatentArgmax,
@@ -28,6 +29,12 @@ __all__ = ["System", "describe", "expand", "layer_evaluations"]
 
 ENGINES = ("pynar", "ctranslate2")
 FREEZES = ("fp32", "bf16", "int8", "fp16")
+# Strategies that random sentences of a given length say nothing about, and why.
+_UNFORCED: dict[type, str] = {
+    DraftAndVerify: "its passes depend on how many drafted tokens are right, which random "
+    "sentences do not tell",
+    Sampling: "what it draws decides where a sentence ends",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +48,7 @@ class System:
     seed: int = 0  # of random weights
     strategy: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    rescorer: str | None = None  # a checkpoint that chooses among the candidates
     engine: str = "pynar"
     compute_type: str = "float32"  # CTranslate2's
     workers: bool = False  # CTranslate2's: one a thread, which share a batch; not one with all
@@ -53,6 +61,11 @@ class System:
         if self.freeze is not None and self.freeze not in FREEZES:
             raise ValueError(
                 f"`freeze` must be one of {', '.join(FREEZES)}, or none, got {self.freeze!r}"
+            )
+        if self.random and self.rescorer is not None:
+            raise ValueError(
+                f"`rescorer` must be none with random weights, which write no text for it, got "
+                f"{self.rescorer!r}"
             )
 
     @property
@@ -83,6 +96,24 @@ class System:
         return strategy(self.family, self.strategy, self.options)
 
     @property
+    def scorer(self) -> System | None:
+        """The rescorer as a system."""
+        if self.rescorer is None:
+            return None
+        return System(model=self.rescorer, freeze=self.freeze, device=self.device)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether it can be the baseline."""
+        return isinstance(self.decoding, Greedy) and self.rescorer is None
+
+    def left_out(self, kind: str) -> str | None:
+        """Why cells of this kind (see `Row`) have no place for it; None where they have one."""
+        if self.rescorer is not None and kind != "text":
+            return "its rescorer reads text, not ids"
+        return _UNFORCED.get(type(self.decoding)) if kind == "length" else None
+
+    @property
     def width(self) -> int:
         """How many sequences a sentence is decoded to side by side: beam, samples or lengths."""
         decoding = self.decoding
@@ -105,6 +136,21 @@ class System:
         couplings: int = getattr(config, "couplings", 0)
         return couplings + config.decoder_layers  # type: ignore[no-any-return]
 
+    def layer_evaluations(self, passes: float) -> float:
+        """Of a sentence; with a rescorer, as if no two of the candidates were equal."""
+        scorer = self.scorer
+        if scorer is not None:
+            passes -= 1
+        found = layer_evaluations(
+            self.config.encoder_layers, self.decoder_layers, passes, self.width
+        )
+        if scorer is not None:
+            single = isinstance(self.decoding, LatentArgmax)
+            candidates = 1 if single else getattr(self.decoding, "n_best", self.width)
+            layers = scorer.config.encoder_layers, scorer.decoder_layers
+            found += layer_evaluations(*layers, 1, candidates)
+        return found
+
     @property
     def engine_name(self) -> str:
         if self.engine == "ctranslate2":
@@ -115,6 +161,8 @@ class System:
     def name(self) -> str:
         """The model and how it is decoded; engines of one model share it."""
         what = ",".join([self.model, *self.changes]) + (" (random)" if self.random else "")
+        if self.rescorer is not None:
+            what += f" + {self.rescorer}"
         return f"{what} {describe(self.decoding)}"
 
 
@@ -147,6 +195,7 @@ def expand(
     systems = []
     for model in models:
         model.config  # noqa: B018 - what is wrong with it is to be said before anything starts
+        _check_rescorer(model)
         variants = [model]
         autoregressive = model.family is AutoregressiveTransformer
         if autoregressive and not model.strategy and not model.options:
@@ -155,10 +204,23 @@ def expand(
         for variant in variants:
             decoding = variant.decoding
             systems += [replace(variant, freeze=freeze) for freeze in freezes]
-            if autoregressive and isinstance(decoding, (Greedy, BeamSearch)):
+            searches = isinstance(decoding, (Greedy, BeamSearch)) and variant.rescorer is None
+            if autoregressive and searches:
                 systems += [replace(variant, freeze=None, **engine) for engine in parsed]
     # A model named twice is measured once.
     return list({repr(system): system for system in systems}.values())
+
+
+def _check_rescorer(model: System) -> None:
+    scorer = model.scorer
+    if scorer is None:
+        return
+    scorer.config  # noqa: B018 - as the model's own
+    if not hasattr(scorer.family, "score"):
+        raise ValueError(
+            f"{model.model}: `rescorer` must be a model that goes from left to right, got "
+            f"{model.rescorer} ({scorer.family.name})"
+        )
 
 
 def _engine(text: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ Every figure is the median over {repetitions} repetitions, in which the systems 
 Before it is divided into batches, the text is sorted by its characters, longest first, for every system; at batch 1 it keeps its order.
 "vs. greedy" compares with greedy search of the first autoregressive model by its fastest engine (latency at batch 1, cost a sentence in batches); higher is faster.
 † is the fastest of the engines that ran this model with this strategy. Memory is the peak of the whole process, Python and PyTorch included, or what was allocated on a GPU.
-Layers are layer evaluations a sentence: encoder layers + passes x decoder layers x sequences side by side; a dash where an engine does not tell its passes.
+Layers are layer evaluations a sentence: encoder layers + passes x decoder layers x sequences side by side, and those of a rescorer for each candidate; a dash where an engine does not tell its passes.
 """  # noqa: E501 - a line a paragraph
 
 
@@ -42,10 +42,14 @@ def tables(result: dict[str, Any]) -> list[Table]:
         for kind, title in _TITLES.items():
             if own := [row for row in rows if row["kind"] == kind]:
                 made.append(_text_table(f"{title}; {_threads(threads)}", own))
+        if own := [row for row in rows if row["buckets"]]:
+            made.append(_bucket_table(_threads(threads), own))
         forced = [row for row in rows if row["kind"] == "length"]
         for batch in dict.fromkeys(row["batch"] for row in forced):
             own = [row for row in forced if row["batch"] == batch]
-            made.append(_length_table(f"{_threads(threads)}, batch {batch}", own, batch))
+            counts = {row["sentences"] for row in own if row["failure"] is None}
+            each = f", {counts.pop()} sentences a length" if len(counts) == 1 else ""
+            made.append(_length_table(f"{_threads(threads)}, batch {batch}{each}", own, batch))
     return made
 
 
@@ -91,6 +95,19 @@ def _text_table(title: str, rows: list[Row]) -> Table:
                 cells += [_interval(row["sentences_per_second"]) + size + _mark(row), _speedup(row)]
         cells += [_value(done[-1]["tokens_per_second"]) if done else "-", _megabytes(done)]
         table.rows.append(cells)
+    return table
+
+
+def _bucket_table(where: str, rows: list[Row]) -> Table:
+    header = ["system", "engine"]
+    for bucket in rows[0]["buckets"]:  # of the same lines for all
+        low, high = bucket["words"]
+        words = f"{low} words and more" if high is None else f"{low}-{high} words"
+        header.append(f"ms p50, {words} ({bucket['sentences']} sentences)")
+    table = Table(f"By length of the source, raw text to raw text; {where}, batch 1", header)
+    for row in rows:
+        cells = [_interval(bucket["p50_ms"]) for bucket in row["buckets"]]
+        table.rows.append([row["system"], row["engine"], *cells])
     return table
 
 
@@ -167,6 +184,7 @@ def markdown(result: dict[str, Any]) -> str:
     )
     if warning := busy(facts):
         parts.append(f"**Warning: {warning}.**")
+    parts += [f"**Warning: {warning}.**" for warning in result.get("warnings", [])]
     for threads, rates in result["ceilings"].items():
         parts.append(
             f"Ceilings with {_threads(int(threads))}: "
