@@ -13,7 +13,6 @@ from torch import Tensor
 from bench.conftest import DEVICES, Case, compiled, device_or_skip
 from bench.test_packed_linear import LIMITS, onednn
 from pynar import ops, reference
-from pynar.ops.packed_linear import row_rounding
 
 VOCABULARY = 32_000
 # On the CPU float32 as it is and packed weights; on a GPU weights as they are.
@@ -77,7 +76,7 @@ def test_linear_argmax(
 
     def define(x: Tensor) -> tuple[Tensor, Tensor]:
         if form.startswith("packed"):
-            x = row_rounding(dtype)(x)
+            x = reference.round_rows(x, dtype)
         tokens, log_probs, _ = reference.linear_argmax(x, defined, None, 1)
         return tokens[:, 0], log_probs[:, 0]
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from bench.conftest import FORMATS, Case, compiled
 from pynar import ops, reference
-from pynar.ops.packed_linear import row_rounding
 from pynar.testing import Tolerance
 
 # Rows are positions: one step of greedy decoding, of a beam, and whole batches.
@@ -82,10 +81,10 @@ def test_packed_linear(
     weight = torch.randn(columns, depth, generator=generator).mul_(depth**-0.5)
     bias = torch.randn(columns, generator=generator)
     packed = ops.pack_linear(weight, dtype)
-    unpacked, rounding = packed.unpack(), row_rounding(dtype)
+    unpacked = packed.unpack()
 
     def define(x: Tensor) -> Tensor:
-        return reference.packed_linear(x, unpacked, bias, rounding, "none", None, None, None)
+        return reference.packed_linear(x, unpacked, bias, dtype, "none", None, None, None)
 
     functions: dict[str, Callable[[], Callable[..., Any]]] = {
         "pynar": lambda: lambda x: ops.packed_linear(x, packed, bias),

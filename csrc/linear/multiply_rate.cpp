@@ -10,7 +10,7 @@ namespace {
 template <WeightFormat kFormat>
 int64_t multiply_cached(const uint32_t* x, const uint32_t* words, int64_t repeats, uint32_t* out) {
   using D = Dot<kFormat>;
-  constexpr int kRows = kRowsAtOnce<D>;
+  constexpr int kRows = kBlockRows;
   constexpr int kVectors = D::kLanes == 16 ? 4 : 2;
   typename D::Sum sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
@@ -18,19 +18,6 @@ int64_t multiply_cached(const uint32_t* x, const uint32_t* words, int64_t repeat
   }
   for (int64_t i = 0; i < repeats; ++i) {
     for (int64_t step = 0; step < kCachedSteps; ++step) {
-      if constexpr (kTwoSteps<D>) {
-        for (int r = 0; r < kRows; ++r) {
-          const uint32_t* at = x + r * kCachedSteps + step;
-          const typename D::Word first = D::input(word_at(at));
-          const typename D::Word second = D::input(word_at(at + 1));
-          for (int v = 0; v < kVectors; ++v) {
-            const uint32_t* w = words + step * kStrip + v * D::kLanes;
-            sum[r][v] = D::add_two(sum[r][v], first, w, second, w + kStrip);
-          }
-        }
-        ++step;
-        continue;
-      }
       for (int part = 0; part < D::kParts; ++part) {
         decltype(D::weights(words, part)) w[kVectors];
         for (int v = 0; v < kVectors; ++v) {

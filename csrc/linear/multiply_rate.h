@@ -9,7 +9,7 @@ namespace pynar {
 // returns the number of operations, two for each product.
 double multiply_in_cache(int64_t format, int64_t repeats);
 
-// One thread's share: kRowsAtOnce rows, half of a panel or all of it, kCachedSteps steps.
+// One thread's share: kBlockRows rows, half of a panel or all of it, kCachedSteps steps.
 constexpr int64_t kCachedSteps = 64;
 
 PYNAR_DECLARE_KERNEL(int64_t multiply_cached(WeightFormat format, const uint32_t* x,

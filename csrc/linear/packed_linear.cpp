@@ -70,8 +70,8 @@ void to_bfloat16(const float* x, int64_t size, uint32_t* words) {
   }
 }
 
-// Rounds to q in [0, kInputSteps] with x close to (q - zero) scale. A row with a NaN or an infinity
-// gets a scale that makes NaN of all its outputs.
+// Rounds to q in [0, 255] with x close to (q - zero) scale. A row with a NaN or an infinity gets a
+// scale that makes NaN of all its outputs.
 RowScale to_int8(const float* x, int64_t size, uint8_t* out) {
   using Vector = Simd<float>;
   Vector highest_lanes = Vector::broadcast(0);
@@ -101,17 +101,17 @@ RowScale to_int8(const float* x, int64_t size, uint8_t* out) {
   // Halves, since the range of a row of great numbers may be none itself.
   const float half = 0.5f * highest + 0.5f * minus_lowest;
   // So small a row would overflow its own reciprocal; it counts as zero.
-  const float inverse = half > 1e-35f ? (0.5f * kInputSteps) / half : 0.f;
+  const float inverse = half > 1e-35f ? 127.5f / half : 0.f;
   // Adding 1.5 * 2^23 rounds to the nearest integer, which the low bits then hold.
   constexpr float kRound = 12582912.f;
   const float zero = (minus_lowest * inverse + kRound) - kRound;
   for (i = 0; i < size; ++i) {
     float q = x[i] * inverse + zero;
-    q = q < kInputSteps ? q : kInputSteps;
+    q = q < 255.f ? q : 255.f;
     q = q > 0.f ? q : 0.f;
     out[i] = static_cast<uint8_t>(bits_of(q + kRound));
   }
-  return {half / (0.5f * kInputSteps), static_cast<int32_t>(zero)};
+  return {half / 127.5f, static_cast<int32_t>(zero)};
 }
 
 // z times the normal distribution's function, in absolute terms good to 3e-7 for |z| < 10 and to

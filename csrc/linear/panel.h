@@ -11,11 +11,11 @@
 // A strip goes by many rows of input from the innermost cache, so it has to lie together: of lines
 // at equal distances that cache holds few.
 //
-// int8 weights have a scale for each column. Inputs are rounded to kInputSteps steps over the range
-// of their row, and 0, since the processor multiplies unsigned by signed bytes; what the row's zero
-// adds to a column is that many times the sum of its weights. With AVX2 four products are added in
-// 16 bits: bytes 0 and 1, or 2 and 3, of a word at an even step and of the next one. Of four such
-// weights the positive ones add up to 32767 / kInputSteps = 160 at most, and so do the negative.
+// int8 weights have a scale for each column. Inputs are rounded to 256 steps over the range of
+// their row, and 0, since the processor multiplies unsigned by signed bytes; what the row's zero
+// adds to a column is that many times the sum of its weights. With AVX2 two products are added in
+// 16 bits, for which the sum of two weights at an even depth and the next one must lie in [-128,
+// 128].
 //
 // Every output is summed up over depth in one order, whatever the number of rows and threads.
 #pragma once
@@ -61,7 +61,7 @@ constexpr const T* advance(const T* p, int64_t i) {
   return p == nullptr ? nullptr : p + i;
 }
 
-// An input x of int8 is (q - zero) scale, with q in [0, kInputSteps].
+// An input x of int8 is (q - zero) scale, with q in [0, 255].
 struct RowScale {
   float scale;
   int32_t zero;

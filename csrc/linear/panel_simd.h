@@ -165,21 +165,15 @@ struct Dot<WeightFormat::kInt8> {
   static Sum zero() { return _mm256_setzero_si256(); }
   static __m256i weights(const uint32_t* p, int) { return load_words(p); }
   static Word input(uint32_t word) { return _mm256_set1_epi32(static_cast<int>(word)); }
-  // Four products, two of each of two steps, are added in 16 bits, which the weights' bounds leave
-  // room for: see panel.h. With intrinsics GCC 12 begins all products of a step before it ends the
-  // first, and keeps most of the sums in memory.
-  static Sum add_two(Sum sum, Word x0, const uint32_t* w0, Word x1, const uint32_t* w1) {
-    __m256i first, second;
-    asm("vpmaddubsw %5, %3, %1\n\tvpmaddubsw %6, %4, %2\n\tvpaddw %2, %1, %1\n\t"
-        "vpmaddwd %7, %1, %1\n\tvpaddd %1, %0, %0"
-        : "+x"(sum), "=&x"(first), "=&x"(second)
-        : "x"(x0), "x"(x1), "m"(*reinterpret_cast<const __m256i_u*>(w0)),
-          "m"(*reinterpret_cast<const __m256i_u*>(w1)), "x"(_mm256_set1_epi16(1)));
-    return sum;
-  }
+  // Two products are added in 16 bits, where they would saturate: a weight's pairs are bounded, see
+  // panel.h. With intrinsics GCC 12 begins all products of a step before it ends the first, and
+  // keeps most of the sums in memory.
   static Sum add(Sum sum, Word x, __m256i w) {
-    const __m256i pairs = _mm256_maddubs_epi16(x, w);
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    __m256i pairs;
+    asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+        : "+x"(sum), "=&x"(pairs)
+        : "x"(x), "x"(w), "xm"(_mm256_set1_epi16(1)));
+    return sum;
   }
   static Sum load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store(void* p, Sum sum) { _mm256_storeu_si256(static_cast<__m256i*>(p), sum); }
@@ -242,18 +236,6 @@ struct Dot {
 
 #endif
 
-// Whether products of two steps are added before they become a sum.
-template <typename D>
-constexpr bool kTwoSteps = requires { &D::add_two; };
-
-// To so many steps the range of a row of input is rounded for int8.
-constexpr int kInputSteps = kTwoSteps<Dot<WeightFormat::kInt8>> ? 204 : 255;
-
-// Rows that the registers hold the sums of. A weight that is taken apart leaves them for a row
-// less, and so do two steps at once.
-template <typename D>
-constexpr int64_t kRowsAtOnce = kBlockRows - (D::kParts > 1 || kTwoSteps<D> ? 1 : 0);
-
 // Columns of a panel whose words follow each other: see panel.h.
 constexpr int64_t kStrip = Dot<WeightFormat::kFloat32>::kLanes == 16 ? kPanel : kNarrowStrip;
 
@@ -299,29 +281,7 @@ inline void accumulate(const Steps& steps) {
   const uint32_t* words = steps.words;
   const uint32_t* x = steps.x;
   const auto place = [&](int column) { return column / kStrip * steps.to_strip + column % kStrip; };
-  int64_t step = 0;
-  if constexpr (kTwoSteps<D>) {
-    for (; step + 2 <= steps.count; step += 2, words += 2 * kStrip, x += 2) {
-      if constexpr (kVectors * D::kLanes == 16) {
-        __builtin_prefetch(steps.next + step * steps.rate, 0, 2);
-        __builtin_prefetch(steps.next + (step + 1) * steps.rate, 0, 2);
-      } else {
-        for (int c = 0; c < kVectors * D::kLanes; c += 16) {
-          __builtin_prefetch(words + steps.ahead + place(c), 0, 2);
-          __builtin_prefetch(words + steps.ahead + place(c) + kStrip, 0, 2);
-        }
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const typename D::Word first = D::input(word_at(x + r * steps.stride));
-        const typename D::Word second = D::input(word_at(x + r * steps.stride + 1));
-        for (int v = 0; v < kVectors; ++v) {
-          const uint32_t* w = words + place(v * D::kLanes);
-          sum[r][v] = D::add_two(sum[r][v], first, w, second, w + kStrip);
-        }
-      }
-    }
-  }
-  for (; step < steps.count; ++step, words += kStrip, x += D::kParts) {
+  for (int64_t step = 0; step < steps.count; ++step, words += kStrip, x += D::kParts) {
     if constexpr (kVectors * D::kLanes == 16) {
       __builtin_prefetch(steps.next + step * steps.rate, 0, 2);
     } else {
@@ -402,8 +362,9 @@ template <WeightFormat kFormat>
   const int64_t width = vectors_for(rows, D::kLanes) * D::kLanes;
   const int64_t all = panels->steps;
   const int64_t depth = kStrips ? kStripSteps : all;
-  // Of nearly equal size: so one has less than three rows only where there are no more.
-  const int64_t blocks = div_up(rows, kRowsAtOnce<D>);
+  // A weight that is taken apart leaves registers for a row less. Blocks are of nearly equal size:
+  // so one has less than three rows only where there are no more.
+  const int64_t blocks = div_up(rows, kBlockRows - (D::kParts - 1));
   Steps steps{};
   steps.stride = input.stride;
   steps.to_strip = all * kStrip;

@@ -11,7 +11,7 @@ from pynar import reference
 from pynar.ops import _nvrtc
 from pynar.ops._checks import Check
 from pynar.ops._operator import Operator
-from pynar.ops.packed_linear import PackedWeight, check_packed, row_rounding
+from pynar.ops.packed_linear import PackedWeight, check_packed
 
 __all__ = ["linear_argmax"]
 
@@ -135,7 +135,7 @@ def _reference(
         check_packed(check, weight, scales, column_sums, x.shape[1], columns)
         dtype = weight.dtype
         packed = PackedWeight(weight, scales, column_sums, columns, x.shape[1])
-        x, weight = row_rounding(dtype)(x), packed.unpack()
+        x, weight = reference.round_rows(x, dtype), packed.unpack()
     else:
         check.dims("weight", weight, 2, "[V, C]")
         check.shape("weight", weight, [columns, x.shape[1]], "symbols, channels of `x`")

@@ -14,7 +14,7 @@ from pynar.ops._checks import Check
 from pynar.ops._operator import Operator
 from pynar.ops.interval_attention import _check as check_attention
 from pynar.ops.packed_layers import PackedLayer
-from pynar.ops.packed_linear import PANEL, PackedWeight, row_rounding, strip_columns
+from pynar.ops.packed_linear import PANEL, PackedWeight, strip_columns
 
 __all__ = ["PackedActNorm", "PackedCoupling", "PackedFlowLinear", "packed_flow"]
 
@@ -337,7 +337,7 @@ def _reference(
     cut = [tensor.split([own[i] for own in sizes]) for i, tensor in enumerate(flat)]
     sources = memory.split([own[6] for own in sizes], 1)
     logdet = x.new_zeros(count)
-    lengths, rounding = torch.tensor([count]), row_rounding(weights.dtype)
+    lengths = torch.tensor([count])
     order = range(len(kinds))
     for i in reversed(order) if inverse else order:
         kind, own_linear = kinds[i], cut[0][i]
@@ -357,7 +357,7 @@ def _reference(
             check_attention(attention, q, k, v, own[2])
             unpacked, own_biases, own_norms = _unpack(kind, dim, hidden, [c[i] for c in cut[1:]])
             x, by_row = reference.packed_coupling(
-                *(x, unpacked, own_biases, own_norms, rounding, sources[i]),
+                *(x, unpacked, own_biases, own_norms, weights.dtype, sources[i]),
                 *(own, heads, eps, split, kind % 2 == 1, inverse),
             )
             logdet = logdet + by_row

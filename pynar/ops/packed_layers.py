@@ -14,7 +14,7 @@ from pynar.ops._checks import Check
 from pynar.ops._operator import Operator
 from pynar.ops.interval_attention import _check as check_attention
 from pynar.ops.interval_attention import _readable as readable
-from pynar.ops.packed_linear import ACTIVATIONS, PackedWeight, check_packed, row_rounding
+from pynar.ops.packed_linear import ACTIVATIONS, PackedWeight, check_packed
 
 __all__ = ["PackedLayer", "packed_layers", "packed_step"]
 
@@ -302,7 +302,7 @@ def _reference(
             weights,
             biases[own],
             norms[index * parts : (index + 1) * parts],
-            row_rounding(data[0].dtype),
+            data[0].dtype,
             intervals,
             memory,
             chosen if index + 1 == layers else None,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,17 +27,6 @@ def strip_columns() -> int:
     extension = _backend.extension()
     wide = extension is not None and extension.simd_level().startswith("avx512")
     return PANEL if wide else 16
-
-
-def input_steps() -> int:
-    """To so many steps rows of input are rounded for int8, for the instruction set in use."""
-    extension = _backend.extension()
-    return 204 if extension is not None and extension.simd_level() == "avx2" else 255
-
-
-def row_rounding(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """What the kernels do to rows of input before they multiply them with a weight of `dtype`."""
-    return partial(reference.round_rows, dtype=dtype, steps=input_steps())
 
 
 @dataclass(frozen=True)
@@ -74,9 +61,9 @@ def pack_linear(weight: Tensor, dtype: torch.dtype = torch.float32) -> PackedWei
     """Packs `weight: [out_features, in_features]` as float32, bfloat16 or int8.
 
     int8 weights are rounded symmetrically to [-127, 127] with one scale an output feature. Where
-    the processor adds products of bytes in 16 bits (AVX2), sums of four are bounded as well, see
-    `pynar.reference.round_weight`. A weight is for the instruction set it was packed under, which
-    the layout depends on, too.
+    the processor adds products of bytes in 16 bits (AVX2), sums of two neighbours are bounded as
+    well, see `pynar.reference.round_weight`. A weight is for the instruction set it was packed
+    under, which the layout depends on, too.
 
     Raises:
         ValueError: `weight` is no matrix on the CPU, or `dtype` is another.
@@ -96,7 +83,9 @@ def pack_linear(weight: Tensor, dtype: torch.dtype = torch.float32) -> PackedWei
     padded = torch.nn.functional.pad(weight.detach().float(), (0, missing[0], 0, missing[1]))
     scales = column_sums = None
     if dtype == torch.int8:
-        padded, scales = reference.round_weight(padded, input_steps())
+        extension = _backend.extension()
+        pairs = extension is not None and extension.simd_level() == "avx2"
+        padded, scales = reference.round_weight(padded, pairs=pairs)
     padded = padded.to(dtype)
     if dtype == torch.int8:
         column_sums = padded.sum(1, dtype=torch.int32)
@@ -122,8 +111,8 @@ def packed_linear(
         z = f(h W^T + b) + r, \qquad y = z \ \text{or}\ \mathrm{LayerNorm}(z)
 
     Inputs and outputs are float32; products are computed in the weight's type. With an int8
-    weight each row of `h` is rounded to 255 steps (AVX2: 204) over its own range, so that no row
-    depends on another; with bfloat16 it is rounded to bfloat16. Sums are fp32 (int32 for int8), in
+    weight each row of `h` is rounded to 256 steps over its own range, so that no row depends on
+    another; with bfloat16 it is rounded to bfloat16. Sums are fp32 (int32 for int8), in
     an order that depends neither on the other rows nor on the number of threads. Not
     differentiable.
 
@@ -260,7 +249,7 @@ def _reference(
         x,
         weight.unpack(),
         bias,
-        row_rounding(data.dtype),
+        data.dtype,
         ACTIVATIONS[activation],
         residual,
         input_eps if input_eps >= 0 else None,

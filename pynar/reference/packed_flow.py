@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def packed_coupling(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     norms: Sequence[Tensor],
-    rounding: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
     memory: Tensor,
     rows: Sequence[Tensor],
     heads: int,
@@ -30,7 +30,7 @@ def packed_coupling(
 ) -> tuple[Tensor, Tensor]:
     """An affine coupling of rows `[N, C]`, and its log-determinant by row, `[N]`.
 
-    `weights` are unpacked, float32; `rounding` is what happens to rows (`round_rows`).
+    `weights` are unpacked, float32; `dtype` is what they were packed as.
     """
     y = x.clone()
     if split == "steps":
@@ -47,7 +47,7 @@ def packed_coupling(
         weights[:-1],
         biases[:-1],
         norms,
-        rounding,
+        dtype,
         sees,
         (keys, values, reads),
         None,
@@ -56,7 +56,7 @@ def packed_coupling(
         "relu",
         eps,
     )
-    net = packed_linear(states, weights[-1], biases[-1], rounding, "none", None, None, None)
+    net = packed_linear(states, weights[-1], biases[-1], dtype, "none", None, None, None)
     ones = torch.ones(len(given), dtype=torch.int64, device=x.device)
     shift, raw_scale = net[:, None].chunk(2, -1)
     new, by_row = affine_coupling(changed[:, None], ones, shift, raw_scale, inverse=inverse)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -20,7 +20,7 @@ def packed_layer(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     norms: Sequence[Tensor],
-    rounding: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
     intervals: Tensor,
     memory: tuple[Tensor, Tensor, Tensor] | None,
     chosen: Tensor | None,
@@ -31,7 +31,7 @@ def packed_layer(
     cache: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> Tensor:
-    """`weights` are unpacked, float32; `rounding` is what happens to rows (`round_rows`).
+    """`weights` are unpacked, float32; `dtype` is what they were packed as.
 
     With a `cache: [places, capacity, 2 H, D]` keys and values go to its rows `slots`, and
     `intervals` are of all its rows.
@@ -40,14 +40,14 @@ def packed_layer(
     def enter(index: int, x: Tensor, activation: str = "none") -> Tensor:
         input_eps = None if norms else eps
         return packed_linear(
-            x, weights[index], biases[index], rounding, activation, None, input_eps, None
+            x, weights[index], biases[index], dtype, activation, None, input_eps, None
         )
 
     def leave(part: int, index: int | None, x: Tensor, residual: Tensor) -> Tensor:
         norm = (norms[2 * part], norms[2 * part + 1], eps) if norms else None
         if index is not None:
             return packed_linear(
-                x, weights[index], biases[index], rounding, "none", residual, None, norm
+                x, weights[index], biases[index], dtype, "none", residual, None, norm
             )
         h = x + residual
         return h if norm is None else F.layer_norm(h, h.shape[1:], *norm)

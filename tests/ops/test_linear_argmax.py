@@ -13,7 +13,6 @@ from torch import Tensor
 from pynar import _backend, reference
 from pynar.ops import PackedWeight, linear_argmax, pack_linear
 from pynar.ops.linear_argmax import _OPERATOR
-from pynar.ops.packed_linear import row_rounding
 from pynar.symbols import UNK
 from pynar.testing import tolerance
 
@@ -54,7 +53,7 @@ def form_or_skip(form: str, device: torch.device) -> None:
 def logits_of(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
     """The logits of rounded rows with the weight as it was rounded, in float64."""
     if isinstance(weight, PackedWeight):
-        x, weight = row_rounding(weight.data.dtype)(x), weight.unpack()
+        x, weight = reference.round_rows(x, weight.data.dtype), weight.unpack()
     z = x.double() @ weight.double().T
     return z if bias is None else z + bias.double()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pynar import _backend, reference
 from pynar.ops import PackedWeight, pack_linear, packed_linear
 from pynar.ops import packed_linear as function
-from pynar.ops.packed_linear import _OPERATOR, input_steps, row_rounding, strip_columns
+from pynar.ops.packed_linear import _OPERATOR, strip_columns
 from pynar.testing import tolerance
 
 FORMATS = [torch.float32, torch.bfloat16, torch.int8]
@@ -31,7 +31,7 @@ def make_weight(depth: int, columns: int) -> Tensor:
 
 def expected(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """The map of rounded rows with the weight as it was rounded, in float64."""
-    rounded = row_rounding(weight.data.dtype)(x).double()
+    rounded = reference.round_rows(x, weight.data.dtype).double()
     return F.linear(rounded, weight.unpack().double(), None if bias is None else bias.double())
 
 
@@ -57,10 +57,7 @@ def test_matches_reference(rows: int, depth: int, columns: int, dtype: torch.dty
     )
     got = packed_linear(x, weight, bias, activation="gelu", residual=residual, output_norm=norm)
     assert_close(got, want)
-    rounding = row_rounding(dtype)
-    plain = reference.packed_linear(
-        x, weight.unpack(), bias, rounding, "gelu", residual, None, norm
-    )
+    plain = reference.packed_linear(x, weight.unpack(), bias, dtype, "gelu", residual, None, norm)
     assert_close(plain, want)
 
 
@@ -76,13 +73,12 @@ def test_every_simd_level_matches_reference(dtype: torch.dtype) -> None:
         assert_close(packed_linear(x, weight, bias, activation="gelu"), F.gelu(want))
 
 
-# Small whole numbers are exact in every format; a range of input_steps() in each row of x, and 127
-# in each of the weight, make the scales of int8 equal to 1.
-LOW = 127.0 - input_steps()
-X = [[127.0, 2.0, LOW], [LOW, 0.0, 127.0]]
+# Small whole numbers are exact in every format; a range of 255 in each row of x, and 127 in each of
+# the weight, make the scales of int8 equal to 1.
+X = [[127.0, 2.0, -128.0], [-128.0, 0.0, 127.0]]
 WEIGHT = [[127.0, 0.0, 1.0], [-1.0, 127.0, 0.0]]
-PRODUCTS = [[127 * 127 + LOW, -127 + 254.0], [LOW * 127 + 127, -LOW]]
-BIAS = [-PRODUCTS[0][0] - 50, 1.0]
+PRODUCTS = [[127 * 127 - 128.0, -127 + 254.0], [-128 * 127 + 127.0, 128.0]]
+BIAS = [-16001.0 - 50, 1.0]
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -97,7 +93,7 @@ def test_cases_worked_by_hand(run: Any, dtype: torch.dtype) -> None:
                 x,
                 weight.unpack(),
                 bias,
-                row_rounding(dtype),
+                dtype,
                 options["activation"],
                 options["residual"],
                 options.get("input_norm"),
@@ -106,10 +102,8 @@ def test_cases_worked_by_hand(run: Any, dtype: torch.dtype) -> None:
         return packed_linear(x, weight, bias, **options)
 
     assert_identical(call(X), torch.tensor(PRODUCTS))
-    assert_identical(
-        call(X, BIAS), torch.tensor([[-50.0, 128.0], [PRODUCTS[1][0] + BIAS[0], 1 - LOW]])
-    )
-    relu = torch.tensor([[0.0, 128.0], [0.0, 1 - LOW]])
+    assert_identical(call(X, BIAS), torch.tensor([[-50.0, 128.0], [-32180.0, 129.0]]))
+    relu = torch.tensor([[0.0, 128.0], [0.0, 129.0]])
     assert_identical(call(X, BIAS, activation="relu"), relu)
     residual = torch.tensor([[-1.0, 2.0], [3.0, -4.0]])
     assert_identical(call(X, BIAS, activation="relu", residual=residual), relu + residual)
@@ -119,7 +113,7 @@ def test_cases_worked_by_hand(run: Any, dtype: torch.dtype) -> None:
     got = call(x, output_norm=norm)
     assert_close(got[0], torch.tensor([7.0, 13.0]))
     # 4, 4, -2 have the mean 2 and the variance 8: with eps = 8 they become 1/2, 1/2, -1, which
-    # the steps of int8 hold exactly.
+    # the 256 steps of int8 hold exactly.
     got = call([[4.0, 4.0, -2.0]], input_norm=8.0)
     assert_close(got, torch.tensor([[62.5, 63.0]]))
 
@@ -131,7 +125,7 @@ def test_whole_numbers_are_exact(data: st.DataObject) -> None:
     depth = data.draw(st.integers(2, 9))
     columns = data.draw(st.sampled_from([1, 3, 63, 64, 66]))
     small = st.integers(-9, 9)
-    x = [[127, int(LOW), *(data.draw(small) for _ in range(depth - 2))] for _ in range(rows)]
+    x = [[127, -128, *(data.draw(small) for _ in range(depth - 2))] for _ in range(rows)]
     few = [data.draw(small) for _ in range(7)]
     weight = [[-127, 0, *(few[(c * d) % 7] for d in range(2, depth))] for c in range(columns)]
     want = [[sum(a * b for a, b in zip(r, w, strict=True)) for w in weight] for r in x]
@@ -153,7 +147,7 @@ def test_packing_keeps_what_the_format_can_hold(dtype: torch.dtype) -> None:
         step = packed.scales[:70, None]
         assert ((got - weight).abs() <= 0.5001 * step).all()
         greatest = weight.abs().amax(1, keepdim=True) / 127
-        assert (step >= greatest).all() and (step <= 3.3 * greatest).all()
+        assert (step >= greatest).all() and (step <= 2 * greatest).all()
         assert_identical(got[3], torch.zeros(19))
     else:
         assert_identical(got, weight.to(dtype).float())
@@ -166,7 +160,7 @@ def test_int8_is_as_close_as_its_steps() -> None:
     # Each factor is off by at most half a step of its row.
     packed = pack_linear(weight, torch.int8)
     assert packed.scales is not None
-    half_x, half_weight = x.abs().amax(1) / (input_steps() - 1), packed.scales[:96] / 2
+    half_x, half_weight = x.abs().amax(1) / 254, packed.scales[:96] / 2
     bound = x.abs().sum(1)[:, None] * half_weight + half_x[:, None] * weight.abs().sum(1)
     bound += 256 * half_x[:, None] * half_weight
     assert (error <= bound + 1e-5).all()
@@ -487,96 +481,72 @@ def test_a_depth_that_int8_cannot_sum_up_is_rejected() -> None:
 @pytest.mark.usefixtures("simd_level")
 def test_the_greatest_sums_of_int8_fit() -> None:
     depth = 1 << 16
-    x = torch.full((1, depth), float(input_steps()))
+    x = torch.full((1, depth), 255.0)
     for sign in (1, -1):
         rows = torch.zeros(2, depth)
         rows[0, ::2] = 127.0 * sign
         rows[1] = 63.5 * sign
         weight = pack_linear(rows, torch.int8)
         whole = (weight.unpack() / (weight.scales[:2, None])).round().long()  # type: ignore[index]
-        want = input_steps() * whole.sum(1) * weight.scales[:2].double()  # type: ignore[index]
+        want = 255 * whole.sum(1) * weight.scales[:2].double()  # type: ignore[index]
         assert_identical(packed_linear(x, weight)[0], want.float())
 
 
-def fours(weight: Tensor) -> Tensor:
-    """The four weights of each sum in 16 bits, `[M, words, 2, 4]`."""
-    padded = F.pad(weight, (0, -weight.shape[1] % 8))
-    return torch.stack([padded[:, i::8] for i in (0, 1, 4, 5, 2, 3, 6, 7)], 2).unflatten(2, (2, 4))
-
-
-def greatest_sum(weight: Tensor) -> Tensor:
-    """Of the positive or the negative ones of four, `[M]`."""
-    four = fours(weight)
-    return torch.maximum(four.clamp(min=0).sum(3), -four.clamp(max=0).sum(3)).amax((1, 2))
-
-
-def extreme_weight(columns: int, depth: int, most: int) -> Tensor:
-    """Whole numbers in [-127, 127] of which four add up to `most` with either sign, if they can."""
-    raw = torch.rand(columns, depth)
-    sign = torch.where(torch.rand(columns, depth) < 0.7, 1, -1)
-    sign[: columns // 2] = -sign[: columns // 2]
-    whole = torch.zeros(columns, depth)
-    for offset in (0, 2):
-        own = [i for i in range(depth) if i % 4 // 2 == offset // 2]
-        for quad in [own[i : i + 4] for i in range(0, len(own), 4)]:
-            for side in (1, -1):
-                share = raw[:, quad] * (sign[:, quad] == side)
-                total = share.sum(1, keepdim=True).clamp(min=1e-9)
-                part = (share / total * most).floor()
-                place = share.argmax(1, keepdim=True)
-                left = most - part.sum(1, keepdim=True)
-                part = part.scatter_add(1, place, left).clamp(max=127) * (share > 0)
-                whole[:, quad] += side * part
-    return whole
+def bounded_pairs(columns: int, depth: int) -> Tensor:
+    """Whole numbers in [-127, 127] whose neighbours add up to at most 128, and often to that."""
+    first = torch.randint(-127, 128, (columns, depth // 2))
+    sign = torch.where(first < 0, -1, 1)
+    extreme = sign * (128 - first.abs())
+    second = torch.randint(-127, 128, first.shape)
+    legal = (first + second).abs() <= 128
+    second = torch.where(legal & (torch.rand(first.shape) < 0.3), second, extreme)
+    return torch.stack([first, second.clamp(-127, 127)], 2).flatten(1)
 
 
 @pytest.mark.usefixtures("simd_level")
 @pytest.mark.parametrize(("rows", "depth", "columns"), [(1, 8, 64), (2, 36, 128), (9, 2052, 64)])
-def test_int8_sums_are_exact_at_their_bound(rows: int, depth: int, columns: int) -> None:
-    steps = input_steps()
-    most = (1 << 15) // 204
-    whole = extreme_weight(columns, depth, most)
-    assert whole.abs().max() <= 127
-    assert greatest_sum(whole).max() == most == 160
+def test_int8_sums_are_exact_at_the_bound_of_pairs(rows: int, depth: int, columns: int) -> None:
+    whole = bounded_pairs(columns, depth)
+    assert whole.unflatten(1, (-1, 2)).sum(2).abs().max() == 128
     strips = whole.view(-1, strip_columns(), depth // 4, 4)
     data = strips.transpose(1, 2).to(torch.int8).contiguous()
     sums = whole.sum(1, dtype=torch.int32)
     weight = PackedWeight(data, torch.ones(columns), sums, columns, depth)
-    # Rows of the greatest number everywhere, and of 0 to that: both are their own rounded values.
-    # One has a zero in the middle of its range.
-    x = torch.randint(0, steps + 1, (rows, depth))
-    x[:, 0] = steps
-    x[0] = steps
+    # Rows of 255 everywhere, and of 0 to 255: both are their own rounded values. One has a zero
+    # in the middle of its range.
+    x = torch.randint(0, 256, (rows, depth))
+    x[:, 0] = 255
+    x[0] = 255
     if rows > 2:
-        x[1] -= 100
-        x[1, :2] = torch.tensor([steps - 100, -100])
+        x[1] -= 128
+        x[1, 1] = -128
     want = x.double() @ whole.double().T
     assert_identical(packed_linear(x.float(), weight), want.float())
 
 
-@pytest.mark.parametrize("steps", [204, 255])
+@pytest.mark.parametrize("pairs", [False, True])
 @pytest.mark.parametrize("depth", [1, 2, 7, 128])
-def test_weights_are_rounded_within_their_bounds(depth: int, steps: int) -> None:
+def test_weights_are_rounded_within_their_bounds(depth: int, pairs: bool) -> None:
     weight = torch.randn(300, depth) * torch.logspace(-6, 6, 300)[:, None]
     weight[7] = 0
-    whole, scales = reference.round_weight(weight, steps)
+    whole, scales = reference.round_weight(weight, pairs=pairs)
     assert ((whole * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all()
     assert_identical(whole, whole.round())
-    assert whole.abs().max() <= 127
-    at_127 = whole.abs().amax(1) == 127
-    if steps == 255:
-        assert at_127.sum() == 299
+    assert whole.abs().max() == 127
+    neighbours = F.pad(whole, (0, depth % 2)).unflatten(1, (-1, 2)).sum(2).abs().amax(1)
+    if pairs:
+        assert neighbours.max() <= 128
+        # No larger steps than the bound demands.
+        tight = torch.maximum(whole.abs().amax(1), neighbours) >= 126
+        assert tight.sum() == 299
     else:
-        sums = greatest_sum(whole)
-        assert sums.max() * steps < 1 << 15
-        # No larger steps than the bound demands: rounding moves each of four by half a step.
-        assert (at_127 | (sums >= 158 - 2)).sum() == 299
+        assert (whole.abs().amax(1) == 127).sum() == 299
 
 
 def test_what_avx2_multiplies_with_is_bounded(simd_level: str) -> None:
     weight = torch.rand(70, 64)
     packed = pack_linear(weight, torch.int8)
-    _, scales = reference.round_weight(weight, 204 if simd_level == "avx2" else 255)
+    _, scales = reference.round_weight(weight, pairs=simd_level == "avx2")
     assert packed.scales is not None
     assert_identical(packed.scales[:70], scales)
 
