@@ -42,10 +42,10 @@ from pynar.recipes import load_recipe
 SIZES = {"train": 25000, "valid": 500, "test": 500}
 STUDENTS = (
     ("janus", "raw"),
-    ("cmlm", "raw"),
-    ("flowseq", "distilled"),
     ("cmlm", "distilled"),
+    ("cmlm", "raw"),
     ("nat", "raw"),
+    ("flowseq", "distilled"),
     ("nat", "distilled"),
 )
 SEED = 1
@@ -156,16 +156,21 @@ def _train_all(options: argparse.Namespace, output: Path) -> None:
     _run_process("teacher", _training(options, "ar", raw, teacher), threads=cores)
 
     workers = min(3, cores)
-    begin = ["--init-from", f"{teacher}/best"]
     done: dict[str, Future[None]] = {}
 
     def student(family: str, kind: str, data: Path) -> None:
         # Steps begin in the order of submission, so the distillation has begun.
         if kind == "distilled":
             done["distillation"].result()
+        begin = teacher
+        if family == "flowseq":
+            # Its decoder has to fill in whole sentences, which a CMLM's has learned.
+            done["cmlm-distilled"].result()
+            begin = output / "cmlm-distilled"
         name = f"{family}-{kind}"
         command = _training(options, family, data, output / name)
-        _run_process(name, command + begin, threads=cores // workers)
+        command += ["--init-from", f"{begin}/best"]
+        _run_process(name, command, threads=cores // workers)
 
     def distillation() -> None:
         if not distilled.exists():
@@ -175,7 +180,7 @@ def _train_all(options: argparse.Namespace, output: Path) -> None:
 
     with ThreadPoolExecutor(workers) as pool:
         done["distillation"] = pool.submit(distillation)
-        # The longest first, that no core is idle in the end.
+        # The longest first, that no core is idle in the end, and what others begin with.
         for family, kind in STUDENTS:
             data = {"raw": raw, "distilled": distilled}[kind]
             done[f"{family}-{kind}"] = pool.submit(student, family, kind, data)
