@@ -42,7 +42,7 @@ inline void with_constant(int64_t n, const Body& body) {
 template <typename A>
 constexpr int kGroupVectors = kKeyGroup / Simd<A>::kLanes;
 
-// Accumulators must fit into the registers: 32 with AVX-512, 16 otherwise.
+// Accumulators must fit into the registers: 32 with AVX-512, 16 with AVX2, 16 pairs with NEON.
 template <typename A>
 constexpr int kMaxGroups = Simd<A>::kLanes == 16 ? 4 : 1;
 template <typename A>

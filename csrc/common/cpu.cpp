@@ -6,6 +6,13 @@
 namespace pynar {
 namespace {
 
+// What every processor of the platform has.
+#if defined(__aarch64__)
+constexpr Isa kBaseline = Isa::kNeon;
+#else
+constexpr Isa kBaseline = Isa::kGeneric;
+#endif
+
 Isa widest() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -18,7 +25,7 @@ Isa widest() {
   }
   if (avx2) return Isa::kAvx2;
 #endif
-  return Isa::kGeneric;
+  return kBaseline;
 }
 
 std::atomic<Isa>& current() {
@@ -40,6 +47,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::kAvx2:
       return "avx2";
+    case Isa::kNeon:
+      return "neon";
     case Isa::kGeneric:
       break;
   }
@@ -48,7 +57,7 @@ const char* isa_name(Isa isa) {
 
 std::vector<Isa> available_isas() {
   std::vector<Isa> isas;
-  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni}) {
+  for (Isa isa : {kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vnni}) {
     if (isa <= widest()) isas.push_back(isa);
   }
   return isas;

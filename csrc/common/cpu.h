@@ -11,7 +11,7 @@
 namespace pynar {
 
 // kAvx512Vnni also has the dot products of bf16 pairs and of four bytes.
-enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Vnni };
+enum class Isa { kGeneric, kNeon, kAvx2, kAvx512, kAvx512Vnni };
 
 // The widest one that was compiled and that this processor and its system support, unless
 // set_isa() chose another.
@@ -62,11 +62,17 @@ void set_isa(const std::string& name);
     }                                          \
   }()
 #else
+// NEON is part of every 64-bit ARM processor, so there is nothing to choose.
+#if defined(__aarch64__)
+#define PYNAR_ONLY_ISA neon
+#else
+#define PYNAR_ONLY_ISA generic
+#endif
 #define PYNAR_DECLARE_KERNEL(declaration) \
-  namespace generic {                     \
+  namespace PYNAR_ONLY_ISA {              \
   declaration;                            \
   }
-#define PYNAR_SELECT_KERNEL(name) (generic::name)
-#define PYNAR_SELECT_DOT_KERNEL(name) (generic::name)
-#define PYNAR_SELECT_KERNEL_OF(T, name) (generic::name)
+#define PYNAR_SELECT_KERNEL(name) (PYNAR_ONLY_ISA::name)
+#define PYNAR_SELECT_DOT_KERNEL(name) (PYNAR_ONLY_ISA::name)
+#define PYNAR_SELECT_KERNEL_OF(T, name) (PYNAR_ONLY_ISA::name)
 #endif

@@ -17,7 +17,7 @@
       return ::pynar::isa() >= ::pynar::Isa::kAvx2 ? &avx2::name : &generic::name; \
   }()
 #else
-#define PYNAR_SELECT_FLOW_KERNEL(name) (&generic::name)
+#define PYNAR_SELECT_FLOW_KERNEL(name) (&PYNAR_ONLY_ISA::name)
 #endif
 
 namespace pynar {

@@ -234,6 +234,47 @@ struct Dot {
   static void store(void* p, Sum sum) { memcpy(p, &sum, sizeof(sum)); }
 };
 
+#if defined(__aarch64__)
+
+template <>
+struct Dot<WeightFormat::kFloat32> {
+  static constexpr int kLanes = 8;
+  static constexpr int kParts = 1;
+  struct Sum {
+    float32x4_t low, high;
+  };
+  using Word = float;
+  static Sum zero() { return {vdupq_n_f32(0), vdupq_n_f32(0)}; }
+  static Sum weights(const uint32_t* p, int) { return load(p); }
+  static Word input(uint32_t word) { return float_from_bits(word); }
+  static Sum add(Sum sum, Word x, Sum w) {
+    return {vfmaq_n_f32(sum.low, w.low, x), vfmaq_n_f32(sum.high, w.high, x)};
+  }
+  static Sum load(const void* p) {
+    const auto* from = static_cast<const float*>(p);
+    return {vld1q_f32(from), vld1q_f32(from + 4)};
+  }
+  static void store(void* p, Sum sum) {
+    auto* to = static_cast<float*>(p);
+    vst1q_f32(to, sum.low);
+    vst1q_f32(to + 4, sum.high);
+  }
+};
+
+// As with AVX2 the input comes as fp32 numbers.
+template <>
+struct Dot<WeightFormat::kBFloat16> : Dot<WeightFormat::kFloat32> {
+  static constexpr int kParts = 2;
+  static Sum weights(const uint32_t* p, int part) {
+    const uint32x4_t low = vld1q_u32(p);
+    const uint32x4_t high = vld1q_u32(p + 4);
+    if (part == 0) return {first_of_pair(low), first_of_pair(high)};
+    return {second_of_pair(low), second_of_pair(high)};
+  }
+};
+
+#endif
+
 #endif
 
 // Columns of a panel whose words follow each other: see panel.h.

@@ -19,7 +19,7 @@ def extension() -> Iterator[Any]:
     module.set_simd_level(level)
 
 
-@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_vnni"])
+@pytest.fixture(params=["generic", "neon", "avx2", "avx512", "avx512_vnni"])
 def simd_level(request: pytest.FixtureRequest, extension: Any) -> str:
     """Each SIMD level in turn, set."""
     if request.param not in extension.simd_levels():

@@ -154,7 +154,7 @@ def test_matches_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["generic", "neon", "avx2", "avx512"])
 def test_every_simd_level_matches_reference(level: str, dtype: torch.dtype, extension: Any) -> None:
     if level not in extension.simd_levels():
         pytest.skip(f"{level} cannot run here")
@@ -184,7 +184,7 @@ def test_gradients_match_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["generic", "neon", "avx2", "avx512"])
 def test_gradients_match_reference_at_every_simd_level(
     level: str, dtype: torch.dtype, extension: Any
 ) -> None:
