@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pynar.training.config import TrainingConfig
 from pynar.training.schedule import learning_rate
-from pynar.training.seeds import PREPARATION, TRAINING, seeds
+from pynar.training.seeds import PREPARATION, TRAINING, seed_device, seeds
 
 __all__ = ["Losses", "Opaque", "Summary", "Updater", "make_optimizer"]
 
@@ -111,7 +111,7 @@ class Updater:
             return
         with torch.no_grad():
             buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        torch.manual_seed(0)
+        seed_device(self._fabric.device, 0)
         example = self.model.corrupt(batch.to(self._fabric.device), self._generator.manual_seed(0))
         self._fabric.backward(self.forward(example).sum())
         names = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
@@ -141,7 +141,7 @@ class Updater:
         factors = weights * fabric.world_size / counts.clamp(min=1.0)
         sums, bad = torch.zeros_like(self._losses), torch.zeros_like(self._bad)
         for i, example in enumerate(examples):
-            torch.manual_seed(dropout[i])
+            seed_device(fabric.device, dropout[i])
             more = i + 1 < len(examples)
             with fabric.no_backward_sync(self.module, enabled=more):
                 losses = self.forward(example)
@@ -163,7 +163,7 @@ class Updater:
         if begin is None:
             return
         noise, other = seeds(self._config.seed, PREPARATION, number, self._fabric.global_rank, 0)
-        torch.manual_seed(other)
+        seed_device(self._fabric.device, other)
         batch = batch.to(self._fabric.device)
         if begin(number, batch, self._generator.manual_seed(noise)) and self._fabric.world_size > 1:
             with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import nn
 
 from pynar.data import Batches, Corpus, Tokenizer
 from pynar.training.config import TrainingConfig
-from pynar.training.seeds import VALIDATION, seeds
+from pynar.training.seeds import VALIDATION, seed_device, seeds
 from pynar.training.update import Updater
 
 __all__ = ["Figures", "Translate", "Validator"]
@@ -86,7 +86,7 @@ class Validator:
         for i, batch in enumerate(self._batches.epoch(0)):
             place = (self._config.seed, VALIDATION, 0, self._fabric.global_rank)
             noise, other = seeds(*place, i)
-            torch.manual_seed(other)
+            seed_device(device, other)
             example = updater.model.corrupt(batch.to(device), generator.manual_seed(noise))
             totals[0] += updater.forward(example)
             totals[1] += updater.counts(example)

@@ -173,3 +173,11 @@ def test_amsgrad_and_decay_reach_the_optimizer():
     updater.update(1, make_batches())
     assert any(name.startswith("max_exp_avg_sq/") for name in updater.state()[0])
     assert updater.optimizer.defaults["weight_decay"] == 0.1
+
+
+def test_an_update_on_the_cpu_leaves_other_devices_alone(monkeypatch):
+    # Of a device that is not in use, `torch.manual_seed` keeps every call for later.
+    updater = make_updater()
+    monkeypatch.setattr(torch, "manual_seed", None)
+    updater.update(1, make_batches())
+    assert updater.streak() == 0
