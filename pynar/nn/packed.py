@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["PackedRows", "Places", "bounds", "pack"]
+from pynar.ops.intervals import Places
+
+__all__ = ["PackedRows", "bounds", "pack"]
 
 
 @dataclass(frozen=True)
@@ -22,28 +24,6 @@ class PackedRows:
     sentence: Tensor  # int64 [N]
     intervals: Tensor  # int32 [N, R, 2], the rows that each row sees
     width: int  # no position is as large
-
-
-@dataclass(frozen=True)
-class Places:
-    """Sentence of every packed row and its place there, `[N]`, and every sentence's first row."""
-
-    sentence: Tensor
-    place: Tensor
-    start: Tensor  # [B]
-
-    @staticmethod
-    def of(lengths: Tensor, total: int) -> Places:
-        start = lengths.cumsum(0) - lengths
-        numbers = torch.arange(len(lengths), device=lengths.device)
-        sentence = numbers.repeat_interleave(lengths, output_size=total)
-        rows = torch.arange(total, device=lengths.device)
-        return Places(sentence, rows - start[sentence], start)
-
-    def intervals(self, padded: Tensor, start: Tensor) -> Tensor:
-        """Those of `padded: [B, T, R, 2]`, counted from the `start: [B]` of their sentences."""
-        first = start.int()[self.sentence, None, None]
-        return padded[self.sentence, self.place] + first
 
 
 def bounds(lengths: Tensor) -> Tensor:

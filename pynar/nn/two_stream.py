@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pynar.nn.packed import PackedRows, Places, bounds
+from pynar.nn.packed import PackedRows, bounds
 from pynar.ops import two_stream_intervals
+from pynar.ops.intervals import Places
 from pynar.symbols import BOS, EOS, MASK
 
 __all__ = ["TwoStreams", "ar_rows", "two_streams"]

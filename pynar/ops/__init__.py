@@ -10,6 +10,7 @@ from pynar.ops.interval_attention import interval_attention
 from pynar.ops.intervals import (
     causal_intervals,
     interval_mask,
+    packed_intervals,
     padding_intervals,
     two_stream_intervals,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "mask_predict_step",
     "pack_linear",
     "packed_flow",
+    "packed_intervals",
     "packed_layers",
     "packed_linear",
     "packed_step",

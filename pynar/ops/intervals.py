@@ -1,13 +1,13 @@
 """Intervals for `interval_attention`, made from lengths without waiting for a GPU.
 
-All of them are `[B, width, R, 2]`, int32, and count the keys of a sentence from 0; queries past the
-last one of a sentence see nothing. For the packed form add each sentence's first key and keep the
-rows of live queries.
+All patterns are `[B, width, R, 2]`, int32, and count the keys of a sentence from 0; queries past
+the last one of a sentence see nothing. `packed_intervals` makes the packed form of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,11 +15,40 @@ from torch import Tensor
 from pynar import reference
 from pynar.ops._checks import Check
 
-__all__ = ["causal_intervals", "interval_mask", "padding_intervals", "two_stream_intervals"]
+__all__ = [
+    "Places",
+    "causal_intervals",
+    "interval_mask",
+    "packed_intervals",
+    "padding_intervals",
+    "two_stream_intervals",
+]
 
 
 Pair = tuple[Tensor, Tensor]
 Rows = tuple[Tensor, Pair, Pair]  # which queries there are, and what they see
+
+
+@dataclass(frozen=True)
+class Places:
+    """Sentence of every packed row and its place there, `[N]`, and every sentence's first row."""
+
+    sentence: Tensor
+    place: Tensor
+    start: Tensor  # [B]
+
+    @staticmethod
+    def of(lengths: Tensor, total: int) -> Places:
+        start = lengths.cumsum(0) - lengths
+        numbers = torch.arange(len(lengths), device=lengths.device)
+        sentence = numbers.repeat_interleave(lengths, output_size=total)
+        rows = torch.arange(total, device=lengths.device)
+        return Places(sentence, rows - start[sentence], start)
+
+    def intervals(self, padded: Tensor, start: Tensor) -> Tensor:
+        """Those of `padded: [B, T, R, 2]`, counted from the `start: [B]` of their sentences."""
+        first = start.int()[self.sentence, None, None]
+        return padded[self.sentence, self.place] + first
 
 
 def interval_mask(intervals: Tensor, key_length: int) -> Tensor:
@@ -124,6 +153,46 @@ def two_stream_intervals(lengths: Tensor, masked: Tensor, pattern: str, *, width
     check.shape("masked", masked, list(lengths.shape), "that of `lengths`")
     b = masked.to(torch.int32)[:, None].expand_as(t)
     return _stack(*_PATTERNS[pattern](t, n, b))
+
+
+def packed_intervals(
+    intervals: Tensor, queries: Tensor, first_keys: Tensor, *, total: int | None = None
+) -> Tensor:
+    r"""Any of these patterns for sentences that follow each other without padding.
+
+    For the packed form of `interval_attention`, or for several sentences in each row of the batched
+    one: no query sees another sentence.
+
+    Args:
+        intervals: `[B, width, R, 2]`, of each sentence by itself.
+        queries: `[B]`, how many of the `width` queries of a sentence there are.
+        first_keys: `[B]`, where the keys of each sentence begin among all keys:
+            ``keys.cumsum(0) - keys``.
+        total: N, the sum of `queries`. Without it a GPU is asked and waited for.
+
+    Returns:
+        `[N, R, 2]`, int32.
+
+    Example:
+        >>> lengths = torch.tensor([2, 1])
+        >>> packed = packed_intervals(causal_intervals(lengths, 2), lengths, torch.tensor([0, 2]))
+        >>> interval_mask(packed, 3).int()
+        tensor([[1, 0, 0],
+                [1, 1, 0],
+                [0, 0, 1]], dtype=torch.int32)
+    """
+    check = Check("packed_intervals")
+    check.dims("intervals", intervals, 4, "[B, width, R, 2]")
+    check.shape("queries", queries, [len(intervals)], "one for each sentence of `intervals`")
+    check.shape("first_keys", first_keys, [len(intervals)], "one for each sentence of `intervals`")
+    width = intervals.shape[1]
+    check.values("queries", queries, f"from 0 to the {width} of `intervals`", 0, width)
+    if total is None or queries.is_cpu:
+        found = int(queries.sum())
+        if total not in (None, found):
+            check.fail("total", f"be the sum of `queries`, {found}", total)
+        total = found
+    return Places.of(queries, total).intervals(intervals, first_keys)
 
 
 def _ar(t: Tensor, n: Tensor, b: Tensor) -> Rows:

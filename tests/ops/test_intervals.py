@@ -10,6 +10,7 @@ from pynar.ops import (
     causal_intervals,
     interval_attention,
     interval_mask,
+    packed_intervals,
     padding_intervals,
     two_stream_intervals,
 )
@@ -130,6 +131,35 @@ def test_streams_share_one_packed_call() -> None:
     torch.testing.assert_close(both, torch.cat(apart, 2))
 
 
+@pytest.mark.parametrize("pattern", RULES)
+def test_packed_sentences_see_themselves_alone(pattern: str) -> None:
+    rows, columns, _ = RULES[pattern]
+    some = torch.tensor([i for i, n in enumerate(LENGTHS.tolist()) if n in (0, 1, 5, 6)])
+    lengths, masked = LENGTHS[some], MASKED[some]
+    sizes = list(zip(lengths.tolist(), masked.tolist(), strict=True))
+    queries = torch.tensor([len(places(rows, n, b)) for n, b in sizes])
+    keys = torch.tensor([len(places(columns, n, b)) for n, b in sizes])
+    intervals = two_stream_intervals(lengths, masked, pattern, width=12)
+    packed = packed_intervals(intervals, queries, keys.cumsum(0) - keys)
+    alone = interval_mask(intervals, int(keys.max()))
+    blocks = [alone[i, :q, :k] for i, (q, k) in enumerate(zip(queries, keys, strict=True))]
+    torch.testing.assert_close(interval_mask(packed, int(keys.sum())), torch.block_diag(*blocks))
+    known = packed_intervals(intervals, queries, keys.cumsum(0) - keys, total=int(queries.sum()))
+    torch.testing.assert_close(known, packed)
+
+
+def test_sentences_in_one_row_of_a_batch_attend_as_alone() -> None:
+    lengths = torch.tensor([3, 1, 4])
+    first = lengths.cumsum(0) - lengths
+    packed = packed_intervals(causal_intervals(lengths, 4), lengths, first, total=8)
+    q, k, v = torch.randn(3, 1, 2, 8, 16).unbind()
+    got = interval_attention(q, k, v, packed[None])
+    for start, n in zip(first.tolist(), lengths.tolist(), strict=True):
+        own = [x[:, :, start : start + n] for x in (q, k, v)]
+        want = torch.nn.functional.scaled_dot_product_attention(*own, is_causal=True)
+        torch.testing.assert_close(got[:, :, start : start + n], want)  # type: ignore[index]
+
+
 def test_compile_into_one_graph() -> None:
     def streams(lengths: Tensor, masked: Tensor) -> Tensor:
         return two_stream_intervals(lengths, masked, "aux_content", width=16)
@@ -147,3 +177,10 @@ def test_wrong_calls_say_what_is_wanted() -> None:
         causal_intervals(LENGTHS, 3, block=0)
     with pytest.raises(ValueError, match="`lengths` must have 1 dimensions .B., got shape"):
         padding_intervals(LENGTHS[None], 3)
+    causal = causal_intervals(LENGTHS, 3)
+    with pytest.raises(ValueError, match="`queries` must have shape .* .one for each sentence"):
+        packed_intervals(causal, LENGTHS[1:], LENGTHS)
+    with pytest.raises(ValueError, match=r"`queries` must have values from 0 to the 3 of `inter"):
+        packed_intervals(causal, LENGTHS, LENGTHS)
+    with pytest.raises(ValueError, match="`total` must be the sum of `queries`, 45, got 44"):
+        packed_intervals(causal, torch.ones_like(LENGTHS), LENGTHS, total=44)
