@@ -3,7 +3,8 @@
 "flow" is all that is no coupling of FlowSeq's base flow: actnorm and head_linear, alternating
 layouts, 48 + 48 + 16 steps, half of the channels split off and the rest squeezed in between, with
 the gradients by states and parameters. "reference" is what one writes by hand in PyTorch; it
-factors its matrices one by one. "normflows" are the modules of that library, which know no lengths.
+factors its matrices one by one. "normflows" are the modules of that library, which know no lengths,
+"zuko" the transforms of that one, among which there is no linear map by any invertible matrix.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -109,6 +111,29 @@ class _Normflows:
             x, linear = self.head_linear(x, lengths, matrix, layout)
             total = total + norm + linear
         return x, total
+
+
+class _Zuko:
+    """zuko on sequences whose steps are all live."""
+
+    def __init__(self) -> None:
+        transforms = pytest.importorskip("zuko").transforms
+        self.transform = transforms.MonotonicAffineTransform
+
+    def affine(self, x: Tensor, shift: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+        transform = self.transform(shift, log_scale)
+        # Without the bound that it puts on scales.
+        transform.log_scale, transform.scale = log_scale, log_scale.exp()
+        y, logdet = transform.call_and_ladj(x)
+        return y, logdet.sum((1, 2))
+
+    def actnorm(self, x: Tensor, n: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return self.affine(x, b, s)
+
+    def affine_coupling(
+        self, x: Tensor, n: Tensor, shift: Tensor, raw: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.affine(x, shift, F.logsigmoid(raw + 2))
 
 
 def _flow(steps: Callable[..., Any], split: Callable[..., Any]) -> Callable[..., Any]:
@@ -235,18 +260,19 @@ SINGLE: dict[str, tuple[Callable[..., Any], int]] = {
 }
 
 
-# normflows takes states and parameters of one type alone, and PyTorch has no slogdet in bfloat16.
-TYPED = [
-    (dtype, implementation)
+# The libraries take states and parameters of one type alone; PyTorch has no slogdet in bfloat16.
+CASES = [
+    (operator, dtype, implementation)
+    for operator in SINGLE
     for dtype in (torch.float32, torch.bfloat16)
-    for implementation in ("pynar", "reference", "compiled reference", "normflows")
-    if (dtype, implementation) != (torch.bfloat16, "normflows")
+    for implementation in ("pynar", "reference", "compiled reference", "normflows", "zuko")
+    if (dtype, implementation) not in [(torch.bfloat16, "normflows"), (torch.bfloat16, "zuko")]
+    and (operator, implementation) != ("head_linear", "zuko")
 ]
 
 
-@pytest.mark.parametrize(("dtype", "implementation"), TYPED, ids=str)
+@pytest.mark.parametrize(("operator", "dtype", "implementation"), CASES, ids=str)
 @pytest.mark.parametrize("batch", [1, 64, pytest.param(2048, marks=GRID)], ids=lambda b: f"B{b}")
-@pytest.mark.parametrize("operator", SINGLE)
 @pytest.mark.parametrize("device", DEVICES)
 def test_one_operator(
     run_case: Run,
@@ -275,11 +301,12 @@ def test_one_operator(
         # Log-determinants are sums of thousands of terms.
         limits={"rtol": 1e-3 if dtype == torch.float32 else 1.6e-2, "atol": 2e-2},
     )
-    peer = _Normflows() if implementation == "normflows" else None
+    peers = {"normflows": _Normflows, "zuko": _Zuko}
+    peer = peers[implementation]() if implementation in peers else None
     functions = {
         "pynar": lambda: ours,
         "reference": lambda: defined,
-        "normflows": lambda: lambda *a: call(peer, *a),
+        **dict.fromkeys(peers, lambda: lambda *a: call(peer, *a)),
     }
     function = functions.get(implementation, lambda: compiled(defined))()
     run_case(case, implementation, function)
