@@ -1,19 +1,9 @@
 #include "flow/flow_linear.h"
 
 #include "common/cpu.h"
+#include "flow/flow_step.h"
 
 namespace pynar {
-
-// What is done to a block of kFlowRows steps, whose states are [C, kFlowRows].
-template <typename A>
-struct FlowStep {
-  const A* weight;  // element (i, j) at i * row_stride + j * column_stride
-  int64_t row_stride, column_stride;
-  int64_t dim, heads;
-  int64_t strided;
-  const A* scale;  // [C], of what comes out
-  const A* shift;  // [C]
-};
 
 PYNAR_DECLARE_KERNEL(template <typename T>
                      void scale_row(const T* x, const accumulation_t<T>* scale,
@@ -30,9 +20,17 @@ PYNAR_DECLARE_KERNEL(template <typename T> void store_steps(const accumulation_t
                                                             T* const* rows))
 PYNAR_DECLARE_KERNEL(template <typename A>
                      void multiply_heads(const A* in, const FlowStep<A>& step, A* out))
+PYNAR_DECLARE_KERNEL(template <typename A> bool takes_rows(const FlowStep<A>& step))
+PYNAR_DECLARE_KERNEL(template <typename T> void multiply_rows(
+    const T* const* x, int64_t count, const accumulation_t<T>* scale,
+    const accumulation_t<T>* shift, const FlowStep<accumulation_t<T>>& step,
+    accumulation_t<T>* scratch, T* const* y))
 PYNAR_DECLARE_KERNEL(template <typename A> void add_outer_products(const A* grad, const A* in,
                                                                    const FlowStep<A>& step,
                                                                    A* grad_weight))
+PYNAR_DECLARE_KERNEL(template <typename A>
+                     void add_row_products(const A* const* grad, const A* const* in, int64_t count,
+                                           const FlowStep<A>& step, A* scratch, A* grad_weight))
 PYNAR_DECLARE_KERNEL(template <typename A> void scale_gradient(const A* state, const A* scale,
                                                                const A* centre, A* grad,
                                                                int64_t channels, A* sum, A* moment))
@@ -41,264 +39,24 @@ PYNAR_DECLARE_KERNEL(template <typename A> void scale_gradient(const A* state, c
 
 #ifdef PYNAR_ISA
 
-#include "common/simd.h"
+#include "flow/flow_linear_simd.h"
+#include "flow/head_rows.h"
 
 namespace pynar::PYNAR_ISA {
-namespace {
-
-// As many sums at a time as hide the latency of a multiply-add.
-constexpr int kOutputs = 4;
-constexpr int kVectors = 2;
-
-// Where a channel of a head lies: first + i * apart.
-struct Head {
-  int64_t first, apart;
-};
-
-template <typename A>
-inline Head head_of(const FlowStep<A>& step, int64_t h) {
-  return step.strided ? Head{h, step.heads} : Head{h * step.dim, 1};
-}
-
-template <typename A, int kCount>
-inline void multiply_some(const A* in, const FlowStep<A>& step, Head head, int64_t first, A* out) {
-  using Vector = Simd<A>;
-  const A* weight = step.weight + first * step.row_stride;
-  Vector sum[kCount][kVectors];
-  for (int i = 0; i < kCount; ++i) {
-    for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector::broadcast(0);
-  }
-  for (int64_t j = 0; j < step.dim; ++j) {
-    const A* x = in + (head.first + j * head.apart) * kFlowRows;
-    Vector channel[kVectors];
-    for (int v = 0; v < kVectors; ++v) channel[v] = Vector::load(x + v * Vector::kLanes);
-    for (int i = 0; i < kCount; ++i) {
-      const Vector w = Vector::broadcast(weight[i * step.row_stride + j * step.column_stride]);
-      for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add(w, channel[v], sum[i][v]);
-    }
-  }
-  for (int i = 0; i < kCount; ++i) {
-    const int64_t c = head.first + (first + i) * head.apart;
-    const Vector scale = Vector::broadcast(step.scale[c]);
-    const Vector shift = Vector::broadcast(step.shift[c]);
-    for (int v = 0; v < kVectors; ++v) {
-      multiply_add(sum[i][v], scale, shift).store(out + c * kFlowRows + v * Vector::kLanes);
-    }
-  }
-}
-
-// The sums of the lanes of each vector.
-template <typename A, int kCount>
-inline void reduce_each(const Simd<A> (&x)[kCount], A (&out)[kCount]) {
-  for (int i = 0; i < kCount; ++i) out[i] = reduce_add(x[i]);
-}
-#if defined(__AVX2__) && !defined(__AVX512F__)
-inline void reduce_each(const Simd<float> (&x)[8], float (&out)[8]) {
-  const auto four = [&](int i) {
-    return _mm256_hadd_ps(_mm256_hadd_ps(x[i].v, x[i + 1].v),
-                          _mm256_hadd_ps(x[i + 2].v, x[i + 3].v));
-  };
-  const __m256 first = four(0);
-  const __m256 second = four(4);
-  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20),
-                                      _mm256_permute2f128_ps(first, second, 0x31)));
-}
-#endif
-
-template <typename A, int kRows, int kColumns>
-inline void add_some(const A* grad, const A* in, const FlowStep<A>& step, int64_t i, int64_t j,
-                     A* grad_weight) {
-  using Vector = Simd<A>;
-  const int64_t apart = (step.strided ? step.heads : 1) * kFlowRows;
-  const int64_t next_head = (step.strided ? 1 : step.dim) * kFlowRows;
-  const A* g = grad + i * apart;
-  const A* x = in + j * apart;
-  Vector sum[kRows * kColumns];
-  for (int e = 0; e < kRows * kColumns; ++e) sum[e] = Vector::broadcast(0);
-  for (int64_t h = 0; h < step.heads; ++h) {
-    for (int v = 0; v < kFlowRows; v += Vector::kLanes) {
-      Vector channel[kColumns];
-      for (int c = 0; c < kColumns; ++c) channel[c] = Vector::load(x + c * apart + v);
-      for (int r = 0; r < kRows; ++r) {
-        const Vector gradient = Vector::load(g + r * apart + v);
-        for (int c = 0; c < kColumns; ++c) {
-          sum[r * kColumns + c] = multiply_add(gradient, channel[c], sum[r * kColumns + c]);
-        }
-      }
-    }
-    g += next_head;
-    x += next_head;
-  }
-  A total[kRows * kColumns];
-  reduce_each(sum, total);
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) {
-      grad_weight[(i + r) * step.dim + j + c] += total[r * kColumns + c];
-    }
-  }
-}
-
-}  // namespace
-
-template <typename T>
-void scale_row(const T* x, const accumulation_t<T>* scale, const accumulation_t<T>* shift, T* y,
-               int64_t count) {
-  using Vector = Simd<accumulation_t<T>>;
-  int64_t c = 0;
-  for (; c + Vector::kLanes <= count; c += Vector::kLanes) {
-    multiply_add(Vector::load(x + c), Vector::load(scale + c), Vector::load(shift + c))
-        .store(y + c);
-  }
-  for (; c < count; ++c) {
-    y[c] = from_accumulation<T>(to_accumulation(x[c]) * scale[c] + shift[c]);
-  }
-}
-
-template <typename T>
-void scale_row_backward(const T* grad_y, const T* x, const accumulation_t<T>* scale,
-                        const accumulation_t<T>* centre, T* grad_x, accumulation_t<T>* sum,
-                        accumulation_t<T>* moment, int64_t count) {
-  using A = accumulation_t<T>;
-  using Vector = Simd<A>;
-  int64_t c = 0;
-  for (; c + Vector::kLanes <= count; c += Vector::kLanes) {
-    const Vector g = Vector::load(grad_y + c);
-    const Vector deviation = sub(Vector::load(x + c), Vector::load(centre + c));
-    add(Vector::load(sum + c), g).store(sum + c);
-    multiply_add(g, deviation, Vector::load(moment + c)).store(moment + c);
-    mul(g, Vector::load(scale + c)).store(grad_x + c);
-  }
-  for (; c < count; ++c) {
-    const A g = to_accumulation(grad_y[c]);
-    sum[c] += g;
-    moment[c] += g * (to_accumulation(x[c]) - centre[c]);
-    grad_x[c] = from_accumulation<T>(g * scale[c]);
-  }
-}
-
-template <typename T>
-void load_steps(const T* const* rows, int64_t count, const accumulation_t<T>* scale,
-                const accumulation_t<T>* shift, accumulation_t<T>* state) {
-  using A = accumulation_t<T>;
-  using Vector = Simd<A>;
-  using Transposed = Columns<A, T>;
-  for (int first = 0; first < kFlowRows; first += Vector::kLanes) {
-    int64_t c = 0;
-    for (; c + Transposed::kCount <= count; c += Transposed::kCount) {
-      Vector column[Transposed::kCount];
-      Transposed::load(rows + first, c, column);
-      for (int i = 0; i < Transposed::kCount; ++i) {
-        const Vector scaled = multiply_add(column[i], Vector::broadcast(scale[c + i]),
-                                           Vector::broadcast(shift[c + i]));
-        scaled.store(state + (c + i) * kFlowRows + first);
-      }
-    }
-    for (; c < count; ++c) {
-      A lane[Vector::kLanes];
-      for (int i = 0; i < Vector::kLanes; ++i) lane[i] = to_accumulation(rows[first + i][c]);
-      // The same multiply-add as above: a channel must not tell how many there are.
-      const Vector scaled = multiply_add(Vector::load(lane), Vector::broadcast(scale[c]),
-                                         Vector::broadcast(shift[c]));
-      scaled.store(state + c * kFlowRows + first);
-    }
-  }
-}
-
-template <typename T>
-void store_steps(const accumulation_t<T>* state, int64_t count, int64_t num_rows, T* const* rows) {
-  using A = accumulation_t<T>;
-  using Vector = Simd<A>;
-  using Transposed = Columns<A, A>;
-  int64_t c = 0;
-  for (; c + Vector::kLanes <= count; c += Vector::kLanes) {
-    const A* channels[Vector::kLanes];
-    for (int i = 0; i < Vector::kLanes; ++i) channels[i] = state + (c + i) * kFlowRows;
-    for (int r = 0; r < num_rows; r += Transposed::kCount) {
-      Vector row[Transposed::kCount];
-      Transposed::load(channels, r, row);
-      for (int i = 0; i < Transposed::kCount; ++i) {
-        if (r + i < num_rows) row[i].store(rows[r + i] + c);
-      }
-    }
-  }
-  for (; c < count; ++c) {
-    for (int r = 0; r < num_rows; ++r) {
-      rows[r][c] = from_accumulation<T>(state[c * kFlowRows + r]);
-    }
-  }
-}
-
-template <typename A>
-void multiply_heads(const A* in, const FlowStep<A>& step, A* out) {
-  constexpr int kRows = kVectors * Simd<A>::kLanes;
-  for (int64_t h = 0; h < step.heads; ++h) {
-    const Head head = head_of(step, h);
-    int64_t i = 0;
-    for (; i + kOutputs <= step.dim; i += kOutputs) {
-      for (int r = 0; r < kFlowRows; r += kRows) {
-        multiply_some<A, kOutputs>(in + r, step, head, i, out + r);
-      }
-    }
-    for (; i < step.dim; ++i) {
-      for (int r = 0; r < kFlowRows; r += kRows) {
-        multiply_some<A, 1>(in + r, step, head, i, out + r);
-      }
-    }
-  }
-}
-
-template <typename A>
-void add_outer_products(const A* grad, const A* in, const FlowStep<A>& step, A* grad_weight) {
-  constexpr int kRows = 4;
-  constexpr int kColumns = 2;
-  // So many channels of `grad` that they stay in the first cache while those of `in` pass by.
-  constexpr int64_t kTile = 16;
-  const int64_t rows = step.dim / kRows * kRows;
-  const int64_t columns = step.dim / kColumns * kColumns;
-  for (int64_t first = 0; first < rows; first += kTile) {
-    const int64_t last = first + kTile < rows ? first + kTile : rows;
-    for (int64_t j = 0; j < columns; j += kColumns) {
-      for (int64_t i = first; i < last; i += kRows) {
-        add_some<A, kRows, kColumns>(grad, in, step, i, j, grad_weight);
-      }
-    }
-  }
-  for (int64_t i = 0; i < step.dim; ++i) {
-    for (int64_t j = i < rows ? columns : 0; j < step.dim; ++j) {
-      add_some<A, 1, 1>(grad, in, step, i, j, grad_weight);
-    }
-  }
-}
-
-template <typename A>
-void scale_gradient(const A* state, const A* scale, const A* centre, A* grad, int64_t channels,
-                    A* sum, A* moment) {
-  using Vector = Simd<A>;
-  for (int64_t c = 0; c < channels; ++c) {
-    const Vector middle = Vector::broadcast(centre[c]);
-    const Vector factor = Vector::broadcast(scale[c]);
-    Vector channel_sum = Vector::broadcast(0);
-    Vector channel_moment = channel_sum;
-    for (int v = 0; v < kFlowRows; v += Vector::kLanes) {
-      const Vector g = Vector::load(grad + c * kFlowRows + v);
-      const Vector deviation = sub(Vector::load(state + c * kFlowRows + v), middle);
-      channel_sum = add(channel_sum, g);
-      channel_moment = multiply_add(g, deviation, channel_moment);
-      mul(g, factor).store(grad + c * kFlowRows + v);
-    }
-    sum[c] += reduce_add(channel_sum);
-    moment[c] += reduce_add(channel_moment);
-  }
-}
 
 #define PYNAR_FLOW_BY_STORAGE(T, A)                                                              \
   template void scale_row(const T*, const A*, const A*, T*, int64_t);                            \
   template void scale_row_backward(const T*, const T*, const A*, const A*, T*, A*, A*, int64_t); \
   template void load_steps(const T* const*, int64_t, const A*, const A*, A*);                    \
-  template void store_steps(const A*, int64_t, int64_t, T* const*);
-#define PYNAR_FLOW_BY_ACCUMULATION(A)                                           \
-  template void multiply_heads(const A*, const FlowStep<A>&, A*);               \
-  template void add_outer_products(const A*, const A*, const FlowStep<A>&, A*); \
+  template void store_steps(const A*, int64_t, int64_t, T* const*);                              \
+  template void multiply_rows(const T* const*, int64_t, const A*, const A*, const FlowStep<A>&,  \
+                              A*, T* const*);
+#define PYNAR_FLOW_BY_ACCUMULATION(A)                                                           \
+  template void multiply_heads(const A*, const FlowStep<A>&, A*);                               \
+  template bool takes_rows(const FlowStep<A>&);                                                 \
+  template void add_row_products(const A* const*, const A* const*, int64_t, const FlowStep<A>&, \
+                                 A*, A*);                                                       \
+  template void add_outer_products(const A*, const A*, const FlowStep<A>&, A*);                 \
   template void scale_gradient(const A*, const A*, const A*, A*, int64_t, A*, A*);
 
 PYNAR_FLOW_BY_STORAGE(float, float)
@@ -480,6 +238,46 @@ void copy_steps(const FlowLinearParams<T>& p, const std::vector<Place>& places) 
   });
 }
 
+// One matrix, unless vectors do not fit its heads.
+template <typename T>
+bool multiply_steps(const FlowLinearParams<T>& p, const std::vector<Place>& places,
+                    const Coefficients<T>& coefficients, const Block<T>& block) {
+  using A = accumulation_t<T>;
+  FlowStep<A> step = block.step(0, coefficients);
+  const auto takes_rows = PYNAR_SELECT_FLOW_KERNEL(takes_rows<A>);
+  if (!takes_rows(step)) return false;
+  const auto multiply_rows = PYNAR_SELECT_FLOW_KERNEL(multiply_rows<T>);
+  std::vector<A> transposed;
+  if (!step.strided) {
+    transposed.resize(p.dim * p.dim);
+    for (int64_t i = 0; i < p.dim; ++i) {
+      for (int64_t j = 0; j < p.dim; ++j) transposed[j * p.dim + i] = step.weight[i * p.dim + j];
+    }
+    step.weight = transposed.data();
+    std::swap(step.row_stride, step.column_stride);
+  }
+  const A* scale = p.normed(0) >= 0 ? coefficients.scale.data() : nullptr;
+  const int64_t n = static_cast<int64_t>(places.size());
+  const int64_t groups = (n + kRowsTogether - 1) / kRowsTogether;
+  parallel_for(groups, flow_grain(p, kRowsTogether), [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
+    A* rows = scratch.get<A>(kRowsTogether * p.channels);
+    for (int64_t i = begin * kRowsTogether; i < std::min(n, end * kRowsTogether);
+         i += kRowsTogether) {
+      const int64_t count = std::min(kRowsTogether, n - i);
+      const T* x[kRowsTogether];
+      T* y[kRowsTogether];
+      for (int64_t r = 0; r < count; ++r) {
+        const auto [b, t] = places[i + r];
+        x[r] = p.x.kept_of(b, t);
+        y[r] = p.y.kept_of(b, t);
+      }
+      multiply_rows(x, count, scale, coefficients.shift.data(), step, rows, y);
+    }
+  });
+  return true;
+}
+
 // The sums that the gradients of parameters are made of.
 template <typename A>
 struct FlowSums {
@@ -553,6 +351,47 @@ void chain_backward(const FlowLinearBackwardParams<T>& params, const Place* plac
   }
 }
 
+// One matrix that takes rows, and nothing after it.
+template <typename A>
+void rows_backward(const FlowLinearBackwardParams<A>& params, const Place* places, int64_t count,
+                   const Coefficients<A>& coefficients, const FlowStep<A>& step,
+                   const FlowSums<A>& sums) {
+  using T = A;
+  const FlowLinearParams<A>& p = params.forward;
+  const auto scale_row = PYNAR_SELECT_FLOW_KERNEL(scale_row<T>);
+  const auto scale_row_backward = PYNAR_SELECT_FLOW_KERNEL(scale_row_backward<T>);
+  const auto multiply_rows = PYNAR_SELECT_FLOW_KERNEL(multiply_rows<T>);
+  const auto add_row_products = PYNAR_SELECT_FLOW_KERNEL(add_row_products<A>);
+  thread_local Scratch scratch;
+  A* states = scratch.get<A>(2 * kRowsTogether * p.channels);
+  A* gathered = states + kRowsTogether * p.channels;
+  const A* scale = coefficients.scale.data();
+  const A* centre = coefficients.centre.data();
+  const bool normed = p.normed(0) >= 0;
+  for (int64_t i = 0; i < count; i += kRowsTogether) {
+    const int64_t rows = std::min(kRowsTogether, count - i);
+    const A* x[kRowsTogether];
+    const A* grad_y[kRowsTogether];
+    A* grad_x[kRowsTogether];
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto [b, t] = places[i + r];
+      x[r] = p.x.kept_of(b, t);
+      grad_y[r] = params.grad_y.kept_of(b, t);
+      grad_x[r] = params.grad_x.kept_of(b, t);
+      if (!normed) continue;
+      A* state = states + r * p.channels;
+      scale_row(x[r], scale, coefficients.shift.data(), state, p.channels);
+      x[r] = state;
+    }
+    add_row_products(grad_y, x, rows, step, gathered, sums.weight);
+    multiply_rows(grad_y, rows, nullptr, nullptr, step, nullptr, grad_x);
+    for (int64_t r = 0; normed && r < rows; ++r) {
+      scale_row_backward(grad_x[r], x[r], scale, centre, grad_x[r], sums.sum, sums.moment,
+                         p.channels);
+    }
+  }
+}
+
 // From the sums of all parts, in order.
 template <typename T>
 void finish_gradients(const FlowLinearBackwardParams<T>& params,
@@ -587,6 +426,7 @@ void flow_linear_cpu(const FlowLinearParams<T>& p) {
   const auto multiply_heads = PYNAR_SELECT_FLOW_KERNEL(multiply_heads<A>);
   const Coefficients<T> coefficients(p);
   const Block<T> block(p);
+  if (p.matrices == 1 && multiply_steps(p, places, coefficients, block)) return;
   const int64_t n = static_cast<int64_t>(places.size());
   const int64_t blocks = (n + kFlowRows - 1) / kFlowRows;
   parallel_for(blocks, flow_grain(p, kFlowRows), [&](int64_t begin, int64_t end) {
@@ -619,6 +459,8 @@ void flow_linear_backward_cpu(const FlowLinearBackwardParams<T>& params) {
   const int64_t chunks = std::clamp<int64_t>(blocks, 1, kFlowChunks);
   const int64_t size = flow_sums(p.matrices, p.dim, p.channels);
   std::vector<A> memory(chunks * size, A(0));
+  const bool by_rows = p.matrices == 1 && p.normed(1) < 0 &&
+                       PYNAR_SELECT_FLOW_KERNEL(takes_rows<A>)(block.step(0, coefficients));
   const int64_t grain = 1 + flow_grain(p, kFlowRows) * chunks / (blocks + 1);
   parallel_for(chunks, grain, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -627,9 +469,16 @@ void flow_linear_backward_cpu(const FlowLinearBackwardParams<T>& params) {
       const FlowSums<A> sums(&memory[chunk * size], p.matrices, p.dim, p.channels);
       if (p.matrices == 0) {
         scale_steps_backward(params, places.data() + first, count, coefficients, sums);
-      } else {
-        chain_backward(params, places.data() + first, count, coefficients, block, sums);
+        continue;
       }
+      if constexpr (std::is_same_v<T, A>) {
+        if (by_rows) {
+          const FlowStep<A> step = block.transposed(0, coefficients);
+          rows_backward(params, places.data() + first, count, coefficients, step, sums);
+          continue;
+        }
+      }
+      chain_backward(params, places.data() + first, count, coefficients, block, sums);
     }
   });
   parallel_for(size, 1 << 14, [&](int64_t begin, int64_t end) {
