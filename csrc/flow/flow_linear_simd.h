@@ -9,7 +9,7 @@ namespace pynar::PYNAR_ISA {
 namespace {
 
 // As many sums at a time as hide the latency of a multiply-add.
-constexpr int kOutputs = 4;
+constexpr int kOutputs = 6;
 constexpr int kVectors = 2;
 
 // Where a channel of a head lies: first + i * apart.
@@ -199,6 +199,11 @@ void multiply_heads(const A* in, const FlowStep<A>& step, A* out) {
     for (; i + kOutputs <= step.dim; i += kOutputs) {
       for (int r = 0; r < kFlowRows; r += kRows) {
         multiply_some<A, kOutputs>(in + r, step, head, i, out + r);
+      }
+    }
+    for (; i + 2 <= step.dim; i += 2) {
+      for (int r = 0; r < kFlowRows; r += kRows) {
+        multiply_some<A, 2>(in + r, step, head, i, out + r);
       }
     }
     for (; i < step.dim; ++i) {
