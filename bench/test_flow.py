@@ -23,7 +23,7 @@ from pynar import ops, reference
 
 GRID = pytest.mark.grid
 LEVELS = (48, 48, 16)
-Run = Callable[[Case, str, Callable[..., Any]], None]
+Run = Callable[..., None]
 
 
 def _live(x: Tensor, lengths: Tensor) -> Tensor:
@@ -201,7 +201,8 @@ def test_flow(run_case: Run, device: str, implementation: str) -> None:
         graph=False,
     )
     function = FLOWS.get(implementation) or compiled(FLOWS["reference"])
-    run_case(case, implementation, function)
+    turns = ("reference", FLOWS["reference"]) if implementation == "pynar" else None
+    run_case(case, implementation, function, turns)
 
 
 def _loop(weights: Tensor) -> tuple[Tensor, Tensor]:
