@@ -77,10 +77,11 @@ def measure_flop_ceiling(device: torch.device, dtype: torch.dtype) -> float | No
     if extension is None or dtype not in FORMATS:
         return None
     rates = []
-    end = time.perf_counter() + 0.05
+    end = time.perf_counter() + 0.25
     while time.perf_counter() < end:
         begin = time.perf_counter()
-        operations = extension.multiply_in_cache(FORMATS.index(dtype), 20)
+        # For half a millisecond, beside which it is nothing to wake the threads.
+        operations = extension.multiply_in_cache(FORMATS.index(dtype), 4000)
         rates.append(operations / (time.perf_counter() - begin))
     # Other work on the machine can only lower it.
     return max(rates)
