@@ -29,7 +29,10 @@ LIMITS: dict[torch.dtype, Tolerance] = {
 
 def onednn(weight: Tensor, bias: Tensor, rows: int, dtype: torch.dtype) -> Callable[[Tensor], Any]:
     """A weight in the layout that oneDNN wants for so many rows, as torch.compile would have it."""
-    if not torch.backends.mkldnn.is_available() or dtype == torch.int8:
+    has = torch.backends.mkldnn.is_available() and dtype != torch.int8
+    if dtype == torch.bfloat16:
+        has = has and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not has:
         pytest.skip("oneDNN has no such linear layer here")
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), rows)
     bias = bias.to(dtype)
