@@ -173,7 +173,7 @@ void multiply_rows(const T* const* x, int64_t count, const accumulation_t<T>* sc
   for (int64_t r = 0; r < count; ++r) {
     if constexpr (sizeof(T) == sizeof(A)) {
       in[r] = x[r];
-      if (scale == nullptr) continue;
+      if (scale == nullptr && x[r] != y[r]) continue;
     }
     A* row = scratch + r * channels;
     for (int64_t c = 0; c < channels; c += Vector::kLanes) {

@@ -10,6 +10,7 @@ from fractions import Fraction
 import pytest
 
 from pynar.data import normalisation as nsw
+from pynar.data import spoken
 from pynar.data.normalisation import Example, corpus, exact_match, generate
 
 UNITS = {
@@ -226,20 +227,20 @@ def test_the_parser_refuses_nonsense():
 def test_numbers_are_read_back():
     rng = random.Random(0)
     for n in [*range(10_000), *(rng.randrange(10_000, 10_000_000) for _ in range(3_000))]:
-        part = nsw.number(n)
+        part = spoken.number(n)
         assert int(part.written.replace(",", "")) == n
         assert_reads(part, cardinal, n)
 
 
 def test_hundreds_and_the_british_and_are_readings():
-    assert nsw.number(1200).readings == ("one thousand two hundred", "twelve hundred")
-    assert nsw.number(105).readings == ("one hundred five", "one hundred and five")
+    assert spoken.number(1200).readings == ("one thousand two hundred", "twelve hundred")
+    assert spoken.number(105).readings == ("one hundred five", "one hundred and five")
 
 
 def test_every_minute_of_the_day_is_read_back():
     for minutes in range(24 * 60):
         hour, minute = divmod(minutes, 60)
-        part = nsw.clock_half(hour, minute)
+        part = spoken.clock_half(hour, minute)
         face, _, half = part.written.partition(" ")
         written_hour, _, written_minute = face.partition(":")
         written = int(written_hour) % 12 * 60 + int(written_minute or 0)
@@ -250,17 +251,17 @@ def test_every_minute_of_the_day_is_read_back():
 def test_every_minute_of_the_clock_is_read_back():
     for hour in range(1, 13):
         for minute in range(60):
-            part = nsw.clock(hour, minute)
+            part = spoken.clock(hour, minute)
             assert part.written == f"{hour}:{minute:02}"
             assert_reads(part, clock_face, (60 * hour + minute) % 720)
-    assert nsw.clock(7, 45).readings == ("seven forty five", "a quarter to eight")
+    assert spoken.clock(7, 45).readings == ("seven forty five", "a quarter to eight")
 
 
 def test_every_day_of_a_leap_year_is_read_back():
     for n in range(366):
         day = datetime.date(2000, 1, 1) + datetime.timedelta(days=n)
         for month_first, pattern in ((False, "%d %B"), (True, "%B %d")):
-            part = nsw.date(day.day, day.month, month_first=month_first)
+            part = spoken.date(day.day, day.month, month_first=month_first)
             written = datetime.datetime.strptime(f"{part.written} 2000", f"{pattern} %Y")
             assert written.date() == day
             assert_reads(part, lambda text: day_and_month(text.split()), (day.day, day.month, []))
@@ -275,41 +276,41 @@ def test_dates_with_years_are_read_back():
     for n in range(0, 125 * 365, 11):
         day = first + datetime.timedelta(days=n)
         for month_first, pattern in ((False, "%d %B %Y"), (True, "%B %d, %Y")):
-            part = nsw.date(day.day, day.month, day.year, month_first=month_first)
+            part = spoken.date(day.day, day.month, day.year, month_first=month_first)
             assert datetime.datetime.strptime(part.written, pattern).date() == day
             assert_reads(part, parse, day)
 
 
 def test_years_and_decades_are_read_back():
     for y in range(1100, 2100):
-        assert_reads(nsw.year(y), year, y)
+        assert_reads(spoken.year(y), year, y)
     for y in range(1920, 2000, 10):
-        part = nsw.decade(y)
+        part = spoken.decade(y)
         assert part.written == f"{y}s"
         full, short = (reading.replace("ies", "y") for reading in part.readings)
         assert (year(full), TENS[short]) == (y, y % 100)
-    assert nsw.year(2005).readings == ("two thousand five", "two thousand and five")
+    assert spoken.year(2005).readings == ("two thousand five", "two thousand and five")
 
 
-@pytest.mark.parametrize("symbol", nsw.CURRENCIES)
+@pytest.mark.parametrize("symbol", spoken.CURRENCIES)
 def test_every_price_is_read_back(symbol):
     for cents in [*range(1_000), 10_000, 12_000, 12_345, 20_005, 130_000, 99_999]:
-        part = nsw.money(cents, symbol)
+        part = spoken.money(cents, symbol)
         assert part.written[0] == symbol
         assert Decimal(part.written[1:].replace(",", "")) * 100 == cents
-        assert_reads(part, lambda text: amount_of_money(text, *nsw.CURRENCIES[symbol]), cents)
+        assert_reads(part, lambda text: amount_of_money(text, *spoken.CURRENCIES[symbol]), cents)
 
 
 def test_one_of_a_currency_is_singular():
-    assert nsw.money(100, "£").readings == ("one pound",)
-    assert nsw.money(101, "£").readings == ("one pound and one penny", "one pound one penny")
-    assert nsw.money(2, "£").readings == ("two pence",)
+    assert spoken.money(100, "£").readings == ("one pound",)
+    assert spoken.money(101, "£").readings == ("one pound and one penny", "one pound one penny")
+    assert spoken.money(2, "£").readings == ("two pence",)
 
 
 @pytest.mark.parametrize("scale", ["million", "billion"])
 def test_fortunes_are_read_back(scale):
     for text in [*map(str, range(1, 200)), *(f"{n // 10}.{n % 10}" for n in range(10, 200))]:
-        part = nsw.fortune(text, "€", scale)
+        part = spoken.fortune(text, "€", scale)
         assert part.written == f"€{text} {scale}"
         ending = f" {scale} euros"
         assert all(reading.endswith(ending) for reading in part.readings)
@@ -317,7 +318,7 @@ def test_fortunes_are_read_back(scale):
 
 
 def spoken_measure(text, unit):
-    one, many = nsw.UNITS[unit]
+    one, many = spoken.UNITS[unit]
     for half in (f"half a {one}", f"half an {one}"):
         if text == half:
             return Fraction(1, 2)
@@ -331,10 +332,10 @@ def spoken_measure(text, unit):
     return value
 
 
-@pytest.mark.parametrize("unit", nsw.UNITS)
+@pytest.mark.parametrize("unit", spoken.UNITS)
 def test_measures_are_read_back(unit):
     for text in [*map(str, range(1_000)), *(f"{n // 10}.{n % 10}" for n in range(200) if n % 10)]:
-        part = nsw.measure(text, unit)
+        part = spoken.measure(text, unit)
         assert part.written == (f"{text}%" if unit == "%" else f"{text} {unit}")
         assert_reads(part, lambda t: spoken_measure(t, unit), Fraction(text))
 
@@ -342,27 +343,27 @@ def test_measures_are_read_back(unit):
 @pytest.mark.parametrize("unit", ["°C", "°F"])
 def test_temperatures_are_read_back(unit):
     for degrees in range(-200, 200):
-        part = nsw.temperature(degrees, unit)
+        part = spoken.temperature(degrees, unit)
         assert part.written == f"{degrees} {unit}"
         assert_reads(part, lambda text: spoken_measure(text, unit), degrees)
 
 
 def test_half_an_hour_has_its_article():
-    assert nsw.measure("0.5", "h").readings == ("zero point five hours", "half an hour")
-    assert nsw.measure("0.5", "kg").readings == ("zero point five kilograms", "half a kilogram")
+    assert spoken.measure("0.5", "h").readings == ("zero point five hours", "half an hour")
+    assert spoken.measure("0.5", "kg").readings == ("zero point five kilograms", "half a kilogram")
 
 
 def test_decimals_are_read_back():
     for n in range(1_000):
         text = f"{n // 100}.{n % 100:02}"
-        assert_reads(nsw.decimal(text), quantity, Fraction(text))
-    assert nsw.decimal("3.14").readings == ("three point one four",)
+        assert_reads(spoken.decimal(text), quantity, Fraction(text))
+    assert spoken.decimal("3.14").readings == ("three point one four",)
 
 
 def test_ordinals_are_read_back():
     endings = {}
     for n in range(1, 100):
-        part = nsw.ordinal(n)
+        part = spoken.ordinal(n)
         assert part.written.startswith(str(n))
         endings.setdefault(part.written.removeprefix(str(n)), []).append(n)
         assert_reads(part, ordinal, n)
@@ -388,7 +389,7 @@ def test_fractions_are_read_back():
         for numerator in range(1, denominator):
             if denominator == 2 or Fraction(numerator, denominator).denominator == denominator:
                 for whole in range(10):
-                    part = nsw.fraction(numerator, denominator, whole)
+                    part = spoken.fraction(numerator, denominator, whole)
                     assert sum(map(Fraction, part.written.split())) == whole + Fraction(
                         numerator, denominator
                     )
@@ -415,13 +416,13 @@ def test_figures_are_read_back():
 
     for n in range(10_000):
         for text in {f"{n:03}", f"{n:04}"}:
-            assert_reads(nsw.digits(text), parse, text)
+            assert_reads(spoken.digits(text), parse, text)
 
 
 def test_spans_and_scores_are_read_back():
     for first in range(1, 60):
         for last in (first + 1, first + 7, first + 40):
-            part = nsw.span(first, last)
+            part = spoken.span(first, last)
             assert part.written == f"{first}-{last}"
             to, through = part.readings
             assert tuple(map(cardinal, to.split(" to "))) == (first, last)
@@ -429,7 +430,7 @@ def test_spans_and_scores_are_read_back():
     goals = UNITS | {"nil": 0}
     for ours in range(10):
         for theirs in range(10):
-            part = nsw.score(ours, theirs)
+            part = spoken.score(ours, theirs)
             assert part.written == f"{ours}-{theirs}"
             assert_reads(
                 part,
