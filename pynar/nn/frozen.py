@@ -9,26 +9,21 @@ The modules take the places of `Encoder` and `Decoder` in a model, which does no
 from __future__ import annotations
 
 import copy
-import functools
-import itertools
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pynar.nn.frozen_state import FrozenCache, FrozenMemory
 from pynar.nn.kept import SMALL, kept
+from pynar.nn.live_rows import Rows
 from pynar.nn.transformer import Decoder, Encoder, KeysValues, Memory, _Residual
 from pynar.ops import PackedLayer, interval_attention, pack_linear
 from pynar.ops._operator import OPERATORS
 from pynar.ops.packed_layers import layer_tensors
 from pynar.ops.packed_linear import ACTIVATIONS, PANEL, PackedWeight
-
-# So many rows' activations stay in the cache from one layer to the next.
-GROUP = 1024
 
 __all__ = [
     "DTYPES",
@@ -96,94 +91,6 @@ class PackedLinear:
         part._weight = data, scales, column_sums, part.bias
         part._rest = *self._rest[:2], end - begin, *self._rest[3:]
         return part
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """The live positions of a padded batch `[B, T]`, one after the other."""
-
-    batch: int
-    width: int
-    ends: list[int]  # where the rows of every sentence end
-    bounds: Tensor  # int32 [B, 2]: the rows of every sentence
-    lengths: Tensor  # int64 [B]
-    places: Tensor | None  # int64 [N]: position in [B * T] of every row; None without padding
-
-    @staticmethod
-    def of(lengths: Tensor, width: int) -> Rows:
-        make = _kept_rows if len(lengths) * width <= SMALL else _rows
-        return make(tuple(lengths.tolist()), width)
-
-    @property
-    def count(self) -> int:
-        return self.ends[-1] if self.ends else 0
-
-    def pack(self, x: Tensor) -> Tensor:
-        """`[B, T, C] -> [N, C]`."""
-        x = x.flatten(0, 1)
-        return x if self.places is None else x[self.places]
-
-    def unpack(self, rows: Tensor) -> Tensor:
-        """`[N, C] -> [B, T, C]`, zero in the padding."""
-        if self.places is not None:
-            padded = rows.new_zeros(self.batch * self.width, rows.shape[1])
-            padded[self.places] = rows
-            rows = padded
-        return rows.view(self.batch, self.width, rows.shape[1])
-
-    @functools.cached_property
-    def own(self) -> Tensor:
-        """Intervals `[N, 1, 2]` with which a row sees all of its sentence."""
-        with torch.inference_mode(False):  # kept as long as the rows, see pynar/nn/kept.py
-            return self.each(self.bounds)
-
-    def each(self, bounds: Tensor) -> Tensor:
-        """Intervals `[N, 1, 2]` of the rows from `bounds: [B, 2]` of their sentences."""
-        if self.places is None:
-            spread = bounds[:, None].expand(-1, self.width, 2).reshape(-1, 1, 2)
-        else:
-            spread = bounds.repeat_interleave(self.lengths, 0)[:, None]
-        return spread
-
-    def causal(self) -> Tensor:
-        """Intervals `[N, 1, 2]` with which a row sees itself and what is before it."""
-        rows = torch.arange(self.count, dtype=torch.int32)
-        return torch.stack([self.own[:, 0, 0], rows + 1], 1)[:, None]
-
-    def groups(self) -> list[tuple[int, int]]:
-        """Ranges of rows, whole sentences, of at most `GROUP` rows where possible."""
-        if self.count <= GROUP:
-            return [(0, self.count)]
-        groups, start = [], 0
-        for end, after in zip(self.ends, [*self.ends[1:], math.inf], strict=True):
-            if after - start > GROUP:
-                groups.append((start, end))
-                start = end
-        return groups
-
-    def chosen(self, wanted: Tensor) -> Tensor | None:
-        """Row numbers of the live positions that `wanted: [B, T]` marks; None if all are."""
-        flat = wanted.flatten()
-        rows = (flat if self.places is None else flat[self.places]).nonzero()[:, 0]
-        return rows if len(rows) < self.count else None
-
-
-def _rows(lengths: tuple[int, ...], width: int) -> Rows:
-    # In Python, since between the kernels' weights every operator's code comes from memory.
-    ends = list(itertools.accumulate(lengths))
-    batch = len(ends)
-    pairs = [*zip([0, *ends], ends, strict=False)]
-    # Whatever the default device is: what is kept serves later calls, too.
-    bounds = torch.tensor(pairs, dtype=torch.int32, device="cpu").view(batch, 2)
-    own_lengths = torch.tensor(lengths, dtype=torch.int64, device="cpu")
-    places = None
-    if batch and ends[-1] < batch * width:
-        live = torch.arange(width, device="cpu") < own_lengths[:, None]
-        places = live.flatten().nonzero()[:, 0]
-    return Rows(batch, width, ends, bounds, own_lengths, places)
-
-
-_kept_rows = kept(_rows)
 
 
 @kept
@@ -357,101 +264,6 @@ class FrozenEncoder(_Frozen):
     def _encode(self, h: Tensor, sees: Tensor) -> Tensor:
         h = self.stack(h, sees)
         return h if self.norm is None else self.norm(h)
-
-
-@dataclass(frozen=True)
-class FrozenMemory:
-    """`Memory` of packed sentences: they keep their rows when others leave the batch."""
-
-    all_states: Tensor  # [B, S, C]
-    all_embedded: Tensor  # [B, S, C]
-    lengths: Tensor  # [B], of the sentences still there
-    bounds: Tensor  # int32 [B, 2], their rows
-    source: Rows  # of all sentences
-    keys_values: list[tuple[Tensor, Tensor]]  # per layer, [N, H, D] each
-    index: Tensor | None = None  # of the sentences still there
-    layouts: dict[Any, Any] | None = None
-
-    @property
-    def states(self) -> Tensor:
-        return self.all_states if self.index is None else self.all_states[self.index]
-
-    @property
-    def embedded(self) -> Tensor:
-        return self.all_embedded if self.index is None else self.all_embedded[self.index]
-
-    def rows(self) -> tuple[KeysValues, Tensor]:
-        """As `Memory.rows`: keys and values `[N, H, D]` of every layer, and sentences `[B, 2]`."""
-        return self.keys_values, self.bounds
-
-    def select(self, index: Tensor) -> FrozenMemory:
-        """Keeps the sentences of `index`; nothing is copied."""
-        return replace(
-            self,
-            lengths=self.lengths[index],
-            bounds=self.bounds[index],
-            index=index if self.index is None else self.index[index],
-        )
-
-
-class FrozenCache:
-    """Keys and values of target prefixes, `[rows, capacity, 2 H, D]` for each layer.
-
-    A row of the batch has a place, which it keeps when others leave; where a hypothesis goes on
-    in several rows, all but one of them get a copy in a place that has become free.
-    """
-
-    def __init__(self, rows: int, layers: int, heads: int, dim: int) -> None:
-        self.position = 0
-        self.capacity = 16
-        self.places = torch.arange(rows)
-        self.data = [
-            torch.empty(rows, self.capacity, 2 * heads, dim // heads) for _ in range(layers)
-        ]
-        self._locate()
-
-    def _locate(self) -> None:
-        start = self.places * self.capacity
-        self.slots = start + self.position  # what this step writes
-        self.sees = torch.stack([start, self.slots + 1], 1).int()[:, None]  # what it attends to
-        self._ends = self.sees[:, 0, 1]
-
-    def reserve(self) -> None:
-        if self.position == self.capacity:
-            self.capacity *= 2
-            self.data = [torch.cat([part, torch.empty_like(part)], 1) for part in self.data]
-            self._locate()
-
-    def advance(self) -> None:
-        self.position += 1
-        self.slots += 1
-        self._ends += 1
-
-    def select(self, index: Tensor) -> None:
-        """Makes row i go on from what was row `index[i]`."""
-        wanted = self.places[index]
-        chosen = wanted.tolist()
-        taken = set(chosen)
-        if len(taken) == len(chosen):
-            self.places = wanted
-        else:
-            self.places = self._copied(chosen, taken)
-        self._locate()
-
-    def _copied(self, chosen: list[int], taken: set[int]) -> Tensor:
-        """The places of rows of which several may go on from one of the `chosen` places."""
-        free = [place for place in range(self.data[0].shape[0]) if place not in taken]
-        seen: set[int] = set()
-        sources, targets = [], []
-        for row, place in enumerate(chosen):
-            if place in seen:
-                sources.append(place)
-                targets.append(free.pop())
-                chosen[row] = targets[-1]
-            seen.add(place)
-        for part in self.data:
-            part[targets, : self.position] = part[sources, : self.position]
-        return torch.tensor(chosen)
 
 
 class FrozenDecoder(_Frozen):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from pynar.nn.embedding import sinusoids
 from pynar.nn.flows import ActNorm, ActNormLinear, Coupling, Flow, PositionAttention, _AttentionNet
-from pynar.nn.frozen import PackedLinear, Rows, _attend, _Frozen, _heads
+from pynar.nn.frozen import PackedLinear, _attend, _Frozen, _heads
+from pynar.nn.live_rows import Rows
 from pynar.nn.transforms import TRANSFORMS
 from pynar.ops import PackedActNorm, PackedCoupling, PackedFlowLinear, PackedLayer
 from pynar.ops._operator import OPERATORS

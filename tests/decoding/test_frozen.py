@@ -12,8 +12,9 @@ from small_systems import LENGTHS, SYSTEMS, assert_same, make_model, make_source
 from pynar import _backend
 from pynar.checkpoint import save
 from pynar.decoding import BeamSearch, Greedy, Hypotheses, MaskPredict
-from pynar.nn import frozen
-from pynar.nn.frozen import FrozenCache, Rows
+from pynar.nn import live_rows
+from pynar.nn.frozen_state import FrozenCache
+from pynar.nn.live_rows import Rows
 from pynar.symbols import MASK, PAD, UNK
 
 every_system = pytest.mark.parametrize("system", SYSTEMS)
@@ -92,12 +93,12 @@ def test_groups_of_rows_change_nothing(system: str, monkeypatch: pytest.MonkeyPa
     source, lengths = make_source(LENGTHS)
     whole = run(system, "fp32", source, lengths)
     for size in (1, 5, 12):
-        monkeypatch.setattr(frozen, "GROUP", size)
+        monkeypatch.setattr(live_rows, "GROUP", size)
         assert_same(run(system, "fp32", source, lengths), whole)
 
 
 def test_groups_are_whole_sentences_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "GROUP", 10)
+    monkeypatch.setattr(live_rows, "GROUP", 10)
     groups = Rows.of(torch.tensor([4, 6, 1, 20, 3, 3, 3, 5]), 20).groups()
     assert groups == [(0, 10), (10, 11), (11, 31), (31, 40), (40, 45)]
 

@@ -5,7 +5,7 @@ import torch
 from small_systems import make_model, make_source
 
 from pynar.decoding import MaskPredict
-from pynar.nn import frozen
+from pynar.nn import live_rows
 from pynar.nn.kept import kept
 
 
@@ -33,7 +33,7 @@ def test_a_batch_that_came_before_gives_the_same_again(name: str) -> None:
     before = strategy.decode(model, *first)
     strategy.decode(model, *other)
     again = strategy.decode(model, *first)
-    frozen._kept_rows.cache_clear()  # type: ignore[attr-defined]
+    live_rows._kept_rows.cache_clear()  # type: ignore[attr-defined]
     anew = strategy.decode(model, *first)
     for found in (again, anew):
         assert torch.equal(found.tokens, before.tokens)
@@ -41,10 +41,10 @@ def test_a_batch_that_came_before_gives_the_same_again(name: str) -> None:
 
 
 def test_the_default_device_does_not_matter_to_later_calls() -> None:
-    frozen._kept_rows.cache_clear()  # type: ignore[attr-defined]
+    live_rows._kept_rows.cache_clear()  # type: ignore[attr-defined]
     lengths = torch.tensor([3, 1])
     with torch.device("meta"):
-        rows = frozen.Rows.of(lengths, 4)
+        rows = live_rows.Rows.of(lengths, 4)
     assert rows.bounds.is_cpu and rows.lengths.is_cpu
     with torch.inference_mode():
         assert not rows.own.is_inference()
