@@ -21,7 +21,12 @@ __all__ = ["argmax"]
 
 
 def mask_of(lengths: Tensor, width: int) -> Tensor:
-    return torch.arange(width) < lengths[:, None]
+    return torch.arange(width, device=lengths.device) < lengths[:, None]
+
+
+def places(first: int, x: Tensor) -> Tensor:
+    """Position vectors of as many steps as `x: [B, T, C]` has, from `first` on."""
+    return sinusoids(x.shape[1] + first, x.shape[2], x.device)[first:]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor) -> Tensor:
@@ -54,7 +59,7 @@ def layer(
 
 
 def by_position(module: Any, x: Tensor, mask: Tensor) -> Tensor:
-    positions = sinusoids(x.shape[1] + 1, x.shape[2])[1:]
+    positions = places(1, x)
     k, v = module.key_value(x).chunk(2, -1)
     y = attend(module.query(positions).expand_as(x), k, v, module.heads, mask)
     return module.norm(positions + y)  # type: ignore[no-any-return]
@@ -71,7 +76,7 @@ def coupling(
     if net.positions is not None:
         x = by_position(net.positions, given, mask)
     else:
-        x = given + sinusoids(given.shape[1] + 1, given.shape[2])[1:]
+        x = given + places(1, given)
     x = net.norms[0](x + attend(*net.qkv(x).chunk(3, -1), net.heads, mask))
     k, v = F.linear(source, *key_value).chunk(2, -1)
     x = net.norms[1](x + attend(net.query(x), k, v, net.heads, sees))
@@ -110,7 +115,7 @@ def sample(model: FlowSeq, noise: Tensor, lengths: Tensor, memory: Any) -> tuple
     for _ in flow.levels[:-1]:
         left.append(x[..., kept:])
         x = x[..., :kept].reshape(len(x), -1, flow.dim)
-    total = torch.zeros(len(x))
+    total = x.new_zeros(len(x))
     for level, mask in zip(reversed(flow.levels), reversed(masks), strict=True):
         if level is not flow.levels[-1]:
             x = torch.cat([x.reshape(len(x), -1, kept), left.pop()], -1)
@@ -119,7 +124,7 @@ def sample(model: FlowSeq, noise: Tensor, lengths: Tensor, memory: Any) -> tuple
                 key_value = weights[module.number], biases[module.number]
                 x, logdet = coupling(module, key_value, x, mask, memory)
             else:
-                logdet = torch.zeros(())
+                logdet = x.new_zeros(())
                 if isinstance(module, ActNormLinear):
                     inverse = next(inverses)
                     x = matrix(module, inverse, x, mask)
@@ -140,7 +145,7 @@ def argmax(model: FlowSeq, source: Tensor, source_lengths: Tensor, lengths: Tens
         x = layer(one, x, sees)
     width = int(lengths.max())
     mask = mask_of(lengths, width)
-    noise = torch.zeros(len(source), width, model.config.dim)
+    noise = x.new_zeros(len(source), width, model.config.dim)
     z, _ = sample(model, noise, lengths, (x, sees))
     y = by_position(model.gather, z, mask)
     for one in model.decoder.layers:

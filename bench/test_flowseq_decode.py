@@ -1,4 +1,8 @@
-"""A whole argmax decode of FlowSeq, base size, 32 tokens to 32, source ids to target ids."""
+"""A whole argmax decode of FlowSeq, base size, 32 tokens to 32, source ids to target ids.
+
+On a GPU our decodes are captured graphs and the plain formulation is launched call by call, as its
+authors do; in bfloat16 it is autocast.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench import plain_flowseq
-from bench.conftest import Case
+from bench.conftest import DEVICES, Case, device_or_skip
 from pynar.models import FlowSeq, build
 from pynar.nn.flows import WeightNormLinear
 from pynar.recipes import load_recipe
@@ -20,7 +24,7 @@ VOCABULARY, LENGTH = 32_000, 32
 
 
 @cache
-def base() -> FlowSeq:
+def base(place: torch.device) -> FlowSeq:
     torch.manual_seed(0)
     sizes = {"source_vocabulary": VOCABULARY, "target_vocabulary": VOCABULARY}
     model = build({**load_recipe("flowseq_base").model, **sizes})
@@ -36,53 +40,69 @@ def base() -> FlowSeq:
         for module in model.prior.modules():
             if isinstance(module, WeightNormLinear):
                 module.gain.uniform_(0.02, 0.05)
-    return model
+    return model.to(place)
 
 
 @cache
-def frozen(dtype: str) -> FlowSeq:
-    return base().freeze(dtype)
+def frozen(place: torch.device, dtype: str) -> FlowSeq:
+    return base(place).freeze(dtype)
 
 
 def argmax(model: FlowSeq, source: Tensor, source_lengths: Tensor, lengths: Tensor) -> Tensor:
-    """What `LatentArgmax` does, for given lengths."""
+    """What `LatentArgmax` does, for given lengths of at most `LENGTH`."""
     memory = model.encode(source, source_lengths)
-    noise = torch.zeros(len(source), int(lengths.max()), model.config.dim)
+    noise = memory.states.new_zeros(len(source), LENGTH, model.config.dim)
     z, _ = model.sample_prior(noise, lengths, memory)
-    live = torch.ones(noise.shape[:2], dtype=torch.bool)
+    live = lengths.new_ones(noise.shape[:2], dtype=torch.bool)
     tokens, _, _ = model.best(model.decode_latent(z, lengths, memory, live))
     return tokens.view(live.shape)
 
 
-@pytest.mark.parametrize("implementation", ["frozen", "frozen int8", "not frozen", "plain PyTorch"])
+IMPLEMENTATIONS = {
+    "cpu": ["frozen", "frozen int8", "not frozen", "plain PyTorch"],
+    "cuda": ["frozen", "frozen bf16", "plain PyTorch", "plain PyTorch bf16"],
+}
+FEWER_BITS = ("int8", "bf16")
+
+
+@pytest.mark.parametrize("implementation", dict.fromkeys(sum(IMPLEMENTATIONS.values(), [])))
 @pytest.mark.parametrize("batch", [1, pytest.param(32, marks=pytest.mark.grid)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_flowseq_argmax(
-    run_case: Callable[[Case, str, Callable[..., Any]], None], batch: int, implementation: str
+    run_case: Callable[[Case, str, Callable[..., Any]], None],
+    device: str,
+    batch: int,
+    implementation: str,
 ) -> None:
     """fp32 but where it says otherwise; tokens equal those of the plain formulation in fp32."""
+    place = device_or_skip(device)
+    if implementation not in IMPLEMENTATIONS[device]:
+        pytest.skip("not a case of this device")
     generator = torch.Generator().manual_seed(0)
-    source = torch.randint(10, VOCABULARY, (batch, LENGTH), generator=generator)
-    lengths = torch.full((batch,), LENGTH)
-    models: dict[str, Callable[[], FlowSeq]] = {
-        "frozen": lambda: frozen("fp32"),
-        "frozen int8": lambda: frozen("int8"),
-        "not frozen": base,
-    }
-    function: Callable[..., Any] = lambda *args: plain_flowseq.argmax(base(), *args)  # noqa: E731
-    reference = function
-    if implementation in models:
-        model = models[implementation]()
+    source = torch.randint(10, VOCABULARY, (batch, LENGTH), generator=generator).to(place)
+    lengths = torch.full((batch,), LENGTH, device=place)
+    plain = implementation.startswith("plain")
+    bits = implementation.rpartition(" ")[2]
+
+    def by_calls(*arguments: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=plain and bits == "bf16"):
+            return plain_flowseq.argmax(base(place), *arguments)
+
+    function: Callable[..., Any] = by_calls
+    if not plain:
+        model = base(place)
+        if implementation != "not frozen":
+            model = frozen(place, bits if bits in FEWER_BITS else "fp32")
         function = lambda *args: argmax(model, *args)  # noqa: E731
-        if implementation == "frozen int8":
-            reference = function  # other tokens, now and then
-    weights = sum(p.numel() for p in base().parameters())
     case = Case(
         operator="FlowSeq argmax decode",
         shape=f"B{batch}-T{LENGTH}",
         dtype=torch.float32,
-        device=torch.device("cpu"),
+        device=place,
         arguments=(source, lengths, lengths),
-        reference=reference,
-        bytes_moved=4 * weights,
+        # With fewer bits other tokens, now and then.
+        reference=function if bits in FEWER_BITS else by_calls,
+        bytes_moved=4 * sum(p.numel() for p in base(place).parameters()),
+        graph=not plain,
     )
     run_case(case, implementation, function)
