@@ -90,6 +90,7 @@ step() {
     bench)
       # Those with much to compile last.
       cases run mask_predict_step bench/test_mask_predict_step.py -k B512
+      cases run flowseq_decode bench/test_flowseq_decode.py
       cases run janus_step bench/test_janus_step.py -k "bfloat16 and post"
       cases run linear_argmax bench/test_linear_argmax.py \
         -k "bfloat16 and not packed and (N1- or N32- or N960 or N16384)"
