@@ -98,6 +98,11 @@ class FlowSeqConfig(CMLMConfig):
                 f"{self.multiple} for every source (`length_kind` {self.length_kind}), "
                 f"got {self.length_classes}"
             )
+        if self.positions == "learned" and self.max_length < self.multiple:
+            raise ValueError(
+                f"`max_length` must be at least {self.multiple}, which targets are filled to, "
+                f"got {self.max_length}"
+            )
         # Heads of 8 channels in linear maps, and of half the width in couplings.
         if self.dim % 8 or (self.dim // 2) % self.heads:
             raise ValueError(

@@ -373,6 +373,7 @@ def test_how_the_posterior_begins(changes: dict, std: float) -> None:
         ({"flow_network": "cnn"}, "`flow_network` must be one of attention, rnn, got 'cnn'"),
         ({"network": "rnn", "ffn_dim": 13}, "`ffn_dim` must be even"),
         ({"flow_network": "rnn", "flow_ffn_dim": 9}, "`flow_ffn_dim` must be even"),
+        ({"positions": "learned", "max_length": 3}, "`max_length` must be at least 4, .* got 3"),
         ({"length_classes": 6}, "`length_classes` must be at least 7, .* of 4 .*, got 6"),
         ({"length_classes": 3, "length_kind": "absolute"}, "at least 4, .* absolute.*, got 3"),
         ({"dim": 12, "heads": 2}, "multiple of 8"),
