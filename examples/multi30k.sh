@@ -15,6 +15,9 @@ mkdir -p "$out"
   --train "$corpus/train.de.gz" "$corpus/train.en.gz" --valid "$corpus/val.de.gz" "$corpus/val.en.gz"
 
 $pynar train --recipe multi30k_ar --data "$out/data" --output "$out/ar"
+# As many layers, but for one all in the encoder: the fast autoregressive model to be compared with.
+$pynar train --recipe multi30k_ar --data "$out/data" --output "$out/ar-6-1" \
+  --set model.encoder_layers=6 --set model.decoder_layers=1
 
 [ -e "$out/data-distilled" ] || $pynar distill --teacher "$out/ar/best" --data "$out/data" \
   --output "$out/data-distilled" --beam 5
@@ -38,6 +41,18 @@ train ar "$out/data" "$out/ar-more" --set training.max_updates=2400 --set traini
 # AR and NAR alone, with the masks of a CMLM.
 train janus "$out/data" "$out/janus-two" --set model.masking=uniform --set model.nar_weight=1 \
   --set model.aux_weight=0 --set model.kl_nar_aux_weight=0 --set model.kl_ar_aux_weight=0
+# The paper's ablation, a quarter of the updates each; the recipe's terms first.
+ablation() {
+  run=$1
+  shift
+  train janus "$out/data" "$out/ablation-$run" --set training.max_updates=600 \
+    training.warmup_updates=100 training.validate_every=300 training.checkpoint_every=600 "$@"
+}
+ablation recipe
+ablation all --set model.kl_ar_nar_weight=1
+ablation ar-nar-kl --set model.kl_ar_nar_weight=1 model.kl_nar_aux_weight=0 \
+  model.kl_ar_aux_weight=0 model.aux_weight=0
+ablation ar-nar --set model.kl_nar_aux_weight=0 model.kl_ar_aux_weight=0 model.aux_weight=0
 # FlowSeq, with the teacher trained on: to begin with, to distil and to choose.
 [ -e "$out/data-flowseq" ] || $pynar distill --teacher "$out/ar-more/best" --data "$out/data" \
   --output "$out/data-flowseq" --beam 5

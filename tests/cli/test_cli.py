@@ -305,7 +305,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys) -> None:
     change = ("--set", "validation.beam=5")
     error = fails(capsys, *trained, place / "cmlm.yaml", *change)
     assert "`validation`" in error and "beam" in error
-    change = ("--set", "model.length_weight=0", "--set", "validation.strategy=mask_predict")
+    change = ("--set", "model.length_weight=0", "validation.strategy=mask_predict")
     error = fails(capsys, *trained, "quickstart_janus", *change)
     assert "`validation`" in error and "must be one of beam, greedy" in error
     error = fails(capsys, "evaluate", "--reference", text)
