@@ -52,6 +52,8 @@ ablation recipe
 ablation all --set model.kl_ar_nar_weight=1
 ablation ar-nar-kl --set model.kl_ar_nar_weight=1 model.kl_nar_aux_weight=0 \
   model.kl_ar_aux_weight=0 model.aux_weight=0
+ablation aux --set model.ar_weight=0 model.nar_weight=0 model.kl_nar_aux_weight=0 \
+  model.kl_ar_aux_weight=0 model.aux_weight=1
 ablation ar-nar --set model.kl_nar_aux_weight=0 model.kl_ar_aux_weight=0 model.aux_weight=0
 # FlowSeq, with the teacher trained on: to begin with, to distil and to choose.
 [ -e "$out/data-flowseq" ] || $pynar distill --teacher "$out/ar-more/best" --data "$out/data" \
