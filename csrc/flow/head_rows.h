@@ -161,7 +161,8 @@ bool takes_rows(const FlowStep<A>& step) {
 }
 
 // At most kRowsTogether rows x, scaled and shifted first unless `scale` is null, through one
-// matrix. `scratch` is for as many rows; where heads are contiguous the weight's row_stride is 1.
+// matrix. `scratch` is for as many rows; where heads are contiguous the weight's row_stride is 1. A
+// row may be written over itself.
 template <typename T>
 void multiply_rows(const T* const* x, int64_t count, const accumulation_t<T>* scale,
                    const accumulation_t<T>* shift, const FlowStep<accumulation_t<T>>& step,
