@@ -49,53 +49,94 @@ inline void multiply_some(const A* in, const FlowStep<A>& step, Head head, int64
   }
 }
 
-// The sums of the lanes of each vector.
+// Elements (i, j) to (i, j + kCount - 1) of the gradient of a matrix, for heads that no vectors
+// divide.
 template <typename A, int kCount>
-inline void reduce_each(const Simd<A> (&x)[kCount], A (&out)[kCount]) {
-  for (int i = 0; i < kCount; ++i) out[i] = reduce_add(x[i]);
-}
-#if defined(__AVX2__) && !defined(__AVX512F__)
-inline void reduce_each(const Simd<float> (&x)[8], float (&out)[8]) {
-  const auto four = [&](int i) {
-    return _mm256_hadd_ps(_mm256_hadd_ps(x[i].v, x[i + 1].v),
-                          _mm256_hadd_ps(x[i + 2].v, x[i + 3].v));
-  };
-  const __m256 first = four(0);
-  const __m256 second = four(4);
-  _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20),
-                                      _mm256_permute2f128_ps(first, second, 0x31)));
-}
-#endif
-
-template <typename A, int kRows, int kColumns>
-inline void add_some(const A* grad, const A* in, const FlowStep<A>& step, int64_t i, int64_t j,
-                     A* grad_weight) {
+inline void add_elements(const A* grad, const A* in, const FlowStep<A>& step, int64_t i, int64_t j,
+                         A* grad_weight) {
   using Vector = Simd<A>;
-  const int64_t apart = (step.strided ? step.heads : 1) * kFlowRows;
-  const int64_t next_head = (step.strided ? 1 : step.dim) * kFlowRows;
-  const A* g = grad + i * apart;
-  const A* x = in + j * apart;
-  Vector sum[kRows * kColumns];
-  for (int e = 0; e < kRows * kColumns; ++e) sum[e] = Vector::broadcast(0);
+  Vector sum[kCount];
+  for (int e = 0; e < kCount; ++e) sum[e] = Vector::broadcast(0);
   for (int64_t h = 0; h < step.heads; ++h) {
+    const Head head = head_of(step, h);
+    const A* g = grad + (head.first + i * head.apart) * kFlowRows;
+    const A* x = in + (head.first + j * head.apart) * kFlowRows;
     for (int v = 0; v < kFlowRows; v += Vector::kLanes) {
-      Vector channel[kColumns];
-      for (int c = 0; c < kColumns; ++c) channel[c] = Vector::load(x + c * apart + v);
-      for (int r = 0; r < kRows; ++r) {
-        const Vector gradient = Vector::load(g + r * apart + v);
-        for (int c = 0; c < kColumns; ++c) {
-          sum[r * kColumns + c] = multiply_add(gradient, channel[c], sum[r * kColumns + c]);
-        }
+      const Vector gradient = Vector::load(g + v);
+      for (int e = 0; e < kCount; ++e) {
+        sum[e] = multiply_add(gradient, Vector::load(x + e * head.apart * kFlowRows + v), sum[e]);
       }
     }
-    g += next_head;
-    x += next_head;
   }
-  A total[kRows * kColumns];
-  reduce_each(sum, total);
+  for (int e = 0; e < kCount; ++e) grad_weight[i * step.dim + j + e] += reduce_add(sum[e]);
+}
+
+// The channels of one head as rows [kFlowRows, dim], some vectors of them from `first` on.
+template <typename A, int kCount>
+inline void rows_of_head(const A* in, Head head, int64_t first, A* out) {
+  using Vector = Simd<A>;
+  using Transposed = Columns<A, A>;
+  constexpr int kWidth = kCount * Vector::kLanes;
+  const A* channels[kWidth];
+  for (int i = 0; i < kWidth; ++i) {
+    channels[i] = in + (head.first + (first + i) * head.apart) * kFlowRows;
+  }
+  for (int r = 0; r < kFlowRows; r += Transposed::kCount) {
+    for (int v = 0; v < kCount; ++v) {
+      Vector row[Transposed::kCount];
+      Transposed::load(channels + v * Vector::kLanes, r, row);
+      for (int i = 0; i < Transposed::kCount; ++i) {
+        row[i].store(out + (r + i) * kWidth + v * Vector::kLanes);
+      }
+    }
+  }
+}
+
+// Adds the products of kRows channels of `grad`, `apart` from each other, and of `rows`.
+template <typename A, int kRows, int kCount>
+inline void add_products_of_rows(const A* grad, int64_t apart, const A* rows, int64_t stride,
+                                 A* grad_weight) {
+  using Vector = Simd<A>;
+  Vector sum[kRows][kCount];
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) {
-      grad_weight[(i + r) * step.dim + j + c] += total[r * kColumns + c];
+    for (int v = 0; v < kCount; ++v) {
+      sum[r][v] = Vector::load(grad_weight + r * stride + v * Vector::kLanes);
+    }
+  }
+  for (int t = 0; t < kFlowRows; ++t, rows += kCount * Vector::kLanes) {
+    Vector x[kCount];
+    for (int v = 0; v < kCount; ++v) x[v] = Vector::load(rows + v * Vector::kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const Vector g = Vector::broadcast(grad[r * apart + t]);
+      for (int v = 0; v < kCount; ++v) sum[r][v] = multiply_add(g, x[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kCount; ++v) {
+      sum[r][v].store(grad_weight + r * stride + v * Vector::kLanes);
+    }
+  }
+}
+
+// The gradient of a matrix by some vectors of its columns. Their channels become rows first: then
+// sums lie in lanes, and none ends across a vector.
+template <typename A, int kCount>
+inline void add_columns(const A* grad, const A* in, const FlowStep<A>& step, int64_t first,
+                        A* grad_weight) {
+  alignas(64) A rows[kFlowRows * kCount * Simd<A>::kLanes];
+  for (int64_t h = 0; h < step.heads; ++h) {
+    const Head head = head_of(step, h);
+    rows_of_head<A, kCount>(in, head, first, rows);
+    const int64_t apart = head.apart * kFlowRows;
+    const A* g = grad + head.first * kFlowRows;
+    A* out = grad_weight + first;
+    int64_t i = 0;
+    for (; i + kOutputs <= step.dim; i += kOutputs) {
+      add_products_of_rows<A, kOutputs, kCount>(g + i * apart, apart, rows, step.dim,
+                                                out + i * step.dim);
+    }
+    for (; i + 2 <= step.dim; i += 2) {
+      add_products_of_rows<A, 2, kCount>(g + i * apart, apart, rows, step.dim, out + i * step.dim);
     }
   }
 }
@@ -216,24 +257,19 @@ void multiply_heads(const A* in, const FlowStep<A>& step, A* out) {
 
 template <typename A>
 void add_outer_products(const A* grad, const A* in, const FlowStep<A>& step, A* grad_weight) {
-  constexpr int kRows = 4;
-  constexpr int kColumns = 2;
-  // So many channels of `grad` that they stay in the first cache while those of `in` pass by.
-  constexpr int64_t kTile = 16;
-  const int64_t rows = step.dim / kRows * kRows;
-  const int64_t columns = step.dim / kColumns * kColumns;
-  for (int64_t first = 0; first < rows; first += kTile) {
-    const int64_t last = first + kTile < rows ? first + kTile : rows;
-    for (int64_t j = 0; j < columns; j += kColumns) {
-      for (int64_t i = first; i < last; i += kRows) {
-        add_some<A, kRows, kColumns>(grad, in, step, i, j, grad_weight);
-      }
+  constexpr int64_t kLanes = Simd<A>::kLanes;
+  if (step.dim % kLanes == 0) {
+    int64_t j = 0;
+    for (; j + 2 * kLanes <= step.dim; j += 2 * kLanes) {
+      add_columns<A, 2>(grad, in, step, j, grad_weight);
     }
+    if (j < step.dim) add_columns<A, 1>(grad, in, step, j, grad_weight);
+    return;
   }
   for (int64_t i = 0; i < step.dim; ++i) {
-    for (int64_t j = i < rows ? columns : 0; j < step.dim; ++j) {
-      add_some<A, 1, 1>(grad, in, step, i, j, grad_weight);
-    }
+    int64_t j = 0;
+    for (; j + 4 <= step.dim; j += 4) add_elements<A, 4>(grad, in, step, i, j, grad_weight);
+    for (; j < step.dim; ++j) add_elements<A, 1>(grad, in, step, i, j, grad_weight);
   }
 }
 
