@@ -71,7 +71,7 @@ void take_at(const HalfRows& half, const Tensor& positions, int64_t first, int64
   for (int64_t i = first; i < last; ++i) {
     const float* x = half.data + i * half.row;
     const float* p = positions.data<float>() + i * positions.stride(0);
-    float* y = out + i * half.width;
+    float* y = out + (i - first) * half.width;
     for (int64_t c = 0; c < half.width; ++c) y[c] = x[c * half.channel] + p[c];
   }
 }
@@ -79,14 +79,14 @@ void take_at(const HalfRows& half, const Tensor& positions, int64_t first, int64
 void take(const HalfRows& half, int64_t first, int64_t last, float* out) {
   for (int64_t i = first; i < last; ++i) {
     const float* x = half.data + i * half.row;
-    float* y = out + i * half.width;
+    float* y = out + (i - first) * half.width;
     for (int64_t c = 0; c < half.width; ++c) y[c] = x[c * half.channel];
   }
 }
 
 void put(const float* in, int64_t first, int64_t last, const HalfRows& half) {
   for (int64_t i = first; i < last; ++i) {
-    const float* y = in + i * half.width;
+    const float* y = in + (i - first) * half.width;
     float* x = half.data + i * half.row;
     for (int64_t c = 0; c < half.width; ++c) x[c * half.channel] = y[c];
   }
@@ -299,25 +299,15 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
   std::fill(total, total + count, 0.f);
   if (count == 0) return;
 
-  // What couplings hold in between: the network's input and states, the half that changes before
-  // and after, shift and scale, a log-determinant a row, twice, and what a layer needs. What rows
-  // project for others has two places that take turns, see packed_layers.cpp.
+  // What couplings hold in between: the network's input, and what rows project for others, which
+  // has two places that take turns, see packed_layers.cpp.
   const int64_t half = count * dim / 2;
   const LayerShape whole_shape = shape_of(count, dim / 2, hidden, heads, eps);
   const LayerShape pairs_shape = shape_of(count / 2, dim, hidden, heads, eps);
   const int64_t projected_size = whole_shape.projected();
-  const int64_t layer_size =
-      std::max(whole_shape.scratch(count), by_steps ? pairs_shape.scratch(count / 2) : 0);
-  const auto scratch = std::make_unique_for_overwrite<float[]>(6 * half + 2 * count +
-                                                               2 * projected_size + layer_size);
-  float* const given = scratch.get();
-  float* const made = given + half;
-  float* const before = made + half;
-  float* const after = before + half;
-  float* const parameters = after + half;
-  float* const row_logdet = parameters + 2 * half;
-  float* const projected = row_logdet + 2 * count;
-  float* const layer_scratch = projected + 2 * projected_size;
+  thread_local Scratch scratch;
+  float* const given = scratch.get<float>(half + 2 * projected_size);
+  float* const projected = given + half;
   // Each row is a sequence of one step, which has a log-determinant of its own.
   const auto ones = std::make_unique_for_overwrite<int64_t[]>(count);
   std::fill(ones.get(), ones.get() + count, 1);
@@ -339,38 +329,46 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
     const View keys = of_heads(0);
     const View values = of_heads(width);
     const View input(given, shape.rows, width);
-    const View output(made, shape.rows, width);
     const std::optional<LayerMemory> read(LayerMemory{keys, values, own[2]});
     const std::optional<LayerCache> no_cache;
     const Layer layer(shape, network.layer(), input, own[1], read, no_cache, nullptr,
-                      projected + turn % 2 * projected_size, layer_scratch, output);
+                      projected + turn % 2 * projected_size);
     // A thread keeps to its rows, or pairs of rows, from map to map.
     const auto each = [&](const auto& body) {
       if (paired || !by_steps) return team.each(shape.rows, body);
       team.each(shape.rows / 2, [&](int64_t first, int64_t last) { body(2 * first, 2 * last); });
     };
     each([&](int64_t first, int64_t last) {
-      take_at(deciding, own[0], first, last, given);
+      take_at(deciding, own[0], first, last, given + first * width);
       layer.project(first, last);
     });
     team.wait();
-    each([&](int64_t first, int64_t last) {
-      layer.finish(first, last);
+    const auto finish = [&](int64_t first, int64_t last) {
+      // The network's states, the half that changes before and after, shift and scale, and a
+      // log-determinant a row, twice.
       const int64_t n = last - first;
-      network.put_out(View(made + first * width, n, width),
-                      View(parameters + first * 2 * width, n, 2 * width));
+      thread_local Scratch scratch;
+      float* const made = scratch.get<float>(n * (5 * width + 2));
+      float* const before = made + n * width;
+      float* const after = before + n * width;
+      float* const parameters = after + n * width;
+      float* const row_logdet = parameters + 2 * n * width;
+      const View output(made, n, width);
+      layer.finish(first, last, output);
+      network.put_out(output, View(parameters, n, 2 * width));
       take(changing, first, last, before);
       const auto steps = [&](float* data, int64_t stride) {
-        return View(data + first * stride, kFloat32, {n, 1, width}, {stride, stride, 1});
+        return View(data, kFloat32, {n, 1, width}, {stride, stride, 1});
       };
       affine_coupling(steps(before, width), View(ones.get(), kInt64, {n}, {1}),
                       steps(parameters, 2 * width), steps(parameters + width, 2 * width), inverse,
-                      steps(after, width), View(row_logdet + first, kFloat32, {n}, {1}),
-                      View(row_logdet + count + first, kFloat32, {n, 1}, {1, 1}));
+                      steps(after, width), View(row_logdet, kFloat32, {n}, {1}),
+                      View(row_logdet + n, kFloat32, {n, 1}, {1, 1}));
       put(after, first, last, changing);
       // Of a pair of rows it counts for the first.
-      for (int64_t i = first; i < last; ++i) total[paired ? 2 * i : i] += row_logdet[i];
-    });
+      for (int64_t i = first; i < last; ++i) total[paired ? 2 * i : i] += row_logdet[i - first];
+    };
+    each([&](int64_t first, int64_t last) { layer.in_tiles(first, last, finish); });
   };
   const auto map_linearly = [&](int64_t kind, float* numbers, int64_t first, int64_t last) {
     float* const bias = numbers + dim;

@@ -13,6 +13,10 @@ namespace pynar {
 // the columns of every product, since then reading the weights takes most of the time.
 constexpr int64_t kRowsToShare = 4;
 
+// So many rows at most go through the second phase together, so that what is between their maps
+// stays in a core's own caches.
+constexpr int64_t kTileRows = 96;
+
 // What layers next to each other share.
 struct LayerShape {
   int64_t rows;
@@ -26,9 +30,8 @@ struct LayerShape {
   double eps;
 
   size_t maps() const { return bare ? parts + 1 : 2 * parts; }
-  // In floats: the first phase's results, and what the second one needs for so many rows.
+  // In floats: the first phase's results.
   int64_t projected() const { return 3 * rows * dim; }
-  int64_t scratch(int64_t wanted) const { return wanted * (4 * dim + hidden + heads); }
 };
 
 // Of one layer, each an array of tensors.
@@ -59,8 +62,7 @@ class Layer {
   // `chosen`: the rows whose results are wanted; null for all. With a `cache` rows see that.
   Layer(const LayerShape& shape, const LayerTensors& tensors, const Tensor& x,
         const Tensor& intervals, const std::optional<LayerMemory>& memory,
-        const std::optional<LayerCache>& cache, const Tensor* chosen, float* projected,
-        float* scratch, const Tensor& y)
+        const std::optional<LayerCache>& cache, const Tensor* chosen, float* projected)
       : shape_(shape),
         tensors_(tensors),
         x_(x),
@@ -68,17 +70,26 @@ class Layer {
         memory_(memory),
         cache_(cache),
         chosen_(chosen),
-        projected_(projected),
-        scratch_(scratch),
-        y_(y) {}
+        projected_(projected) {}
 
   // Queries, keys and values of rows [first, last).
   void project(int64_t first, int64_t last) const;
-  // Everything else for the wanted rows [first, last), each of which needs nothing of the others
-  // but what they have projected.
-  void finish(int64_t first, int64_t last) const;
+  // Everything else for the wanted rows [first, last), whose results are y. A row needs nothing of
+  // the others but what they have projected.
+  void finish(int64_t first, int64_t last, const Tensor& y) const;
+  // Calls body(begin, end) for tiles of the wanted rows [first, last).
+  template <typename Body>
+  void in_tiles(int64_t first, int64_t last, const Body& body) const {
+    for (int64_t end; first < last; first = end) {
+      end = tile_end(first, last);
+      body(first, end);
+    }
+  }
 
  private:
+  // Where a tile ends: where the keys do that its rows attend to, if that is not too early, or they
+  // would be prepared for the next tile again.
+  int64_t tile_end(int64_t first, int64_t last) const;
   bool norm_first() const { return tensors_.norms == nullptr; }
   void enter(size_t map, const Tensor& x, const Tensor& y, int64_t activation = 0) const;
   void leave(size_t part, size_t map, const Tensor& x, const Tensor& residual,
@@ -96,8 +107,6 @@ class Layer {
   const std::optional<LayerCache>& cache_;
   const Tensor* chosen_;
   float* projected_;
-  float* scratch_;
-  const Tensor& y_;
 };
 
 }  // namespace pynar

@@ -14,7 +14,6 @@
 //
 // y [M, C] are the `chosen` rows [M], or all N of them; layers before the last one compute all.
 #include <algorithm>
-#include <memory>
 #include <optional>
 #include <vector>
 
@@ -119,15 +118,28 @@ void Layer::project(int64_t first, int64_t last) const {
   }
 }
 
-void Layer::finish(int64_t first, int64_t last) const {
+int64_t Layer::tile_end(int64_t first, int64_t last) const {
+  const int64_t most = first + kTileRows;
+  if (most >= last || chosen_ != nullptr) return std::min(most, last);
+  const int32_t* begins = intervals_.data<int32_t>();
+  const int64_t stride = intervals_.stride(0);
+  if (intervals_.size(1) == 0) return most;
+  for (int64_t end = most; end > first + kTileRows / 2; --end) {
+    if (begins[end * stride] != begins[(end - 1) * stride]) return end;
+  }
+  return most;
+}
+
+void Layer::finish(int64_t first, int64_t last, const Tensor& y) const {
   const int64_t dim = shape_.dim;
   const int64_t heads = shape_.heads;
   const int64_t count = last - first;
   const size_t maps = shape_.maps();
-  const int64_t wanted = y_.size(0);
-  const auto place = [&](int64_t number) { return scratch_ + (number * wanted + first) * dim; };
-  float* const inner_rows = scratch_ + 4 * wanted * dim;
-  float* const lse_rows = inner_rows + wanted * shape_.hidden;
+  thread_local Scratch scratch;
+  float* const memory = scratch.get<float>(count * (4 * dim + shape_.hidden + heads));
+  const auto place = [&](int64_t number) { return memory + number * count * dim; };
+  float* const inner_rows = place(4);
+  float* const lse_rows = inner_rows + count * shape_.hidden;
   const auto of_heads = [&](float* data, int64_t number, int64_t stride) {
     return View(data, kFloat32, {number, heads, dim / heads}, {stride, dim / heads, 1});
   };
@@ -143,13 +155,13 @@ void Layer::finish(int64_t first, int64_t last) const {
   std::vector<int32_t> chosen_intervals;
   const auto attend = [&](const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& sees) {
     // The scale is in the queries' weight.
-    const View y = of_heads(place(1), count, dim);
-    const View lse(lse_rows + first * heads, count, heads);
+    const View found = of_heads(place(1), count, dim);
+    const View lse(lse_rows, count, heads);
     const int64_t number = sees.size(1);
     if (chosen_ == nullptr) {
       const View own(sees.data<int32_t>() + first * sees.stride(0), kInt32, {count, number, 2},
                      {sees.stride(0), sees.stride(1), sees.stride(2)});
-      interval_attention(q, k, v, own, 1.0, y, lse);
+      interval_attention(q, k, v, own, 1.0, found, lse);
       return;
     }
     chosen_intervals.clear();
@@ -162,7 +174,7 @@ void Layer::finish(int64_t first, int64_t last) const {
       }
     }
     const View own(chosen_intervals.data(), kInt32, {count, number, 2}, {2 * number, 2, 1});
-    interval_attention(q, k, v, own, 1.0, y, lse);
+    interval_attention(q, k, v, own, 1.0, found, lse);
   };
   const auto end = [&](size_t part, size_t map, const Tensor& residual, const Tensor& out) {
     if (shape_.bare) return leave(part, attended, residual, out);
@@ -189,10 +201,9 @@ void Layer::finish(int64_t first, int64_t last) const {
     end(1, 3, states, crossed);
     last_states = &static_cast<const Tensor&>(crossed);
   }
-  const View inner(inner_rows + first * shape_.hidden, count, shape_.hidden);
+  const View inner(inner_rows, count, shape_.hidden);
   enter(maps - 2, *last_states, inner, shape_.activation);
-  leave(shape_.parts - 1, maps - 1, inner, *last_states,
-        View(y_.data<float>() + first * dim, count, dim));
+  leave(shape_.parts - 1, maps - 1, inner, *last_states, y);
 }
 
 void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
@@ -303,12 +314,11 @@ void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
   // Layers hand their states on in two places that take turns, and so do what they project, which
   // others may still read when a thread goes on: it is at most one layer ahead.
   const int64_t between = layers > 1 ? rows * dim : 0;
-  const int64_t most = layers > 1 ? std::max(rows, wanted) : wanted;
-  const auto floats = std::make_unique_for_overwrite<float[]>(2 * (between + shape.projected()) +
-                                                              shape.scratch(most));
-  float* const projected = floats.get() + 2 * between;
-  const View even(floats.get(), rows, dim);
-  const View odd(floats.get() + between, rows, dim);
+  thread_local Scratch scratch;
+  float* const floats = scratch.get<float>(2 * (between + shape.projected()));
+  float* const projected = floats + 2 * between;
+  const View even(floats, rows, dim);
+  const View odd(floats + between, rows, dim);
   in_team(rows >= kRowsToShare * max_threads(), [&](const Team& team) {
     const Tensor* from = &x;
     for (size_t i = 0; i < number; ++i) {
@@ -324,11 +334,14 @@ void packed_layers(const Tensor& x, const std::vector<Tensor>& weights,
         cache.emplace(LayerCache{caches[i].data<float>(), cached, slots->data<int64_t>()});
       }
       const Layer layer(shape, tensors, *from, intervals, read, cache,
-                        last && chosen ? &*chosen : nullptr, projected + i % 2 * shape.projected(),
-                        projected + 2 * shape.projected(), *to);
+                        last && chosen ? &*chosen : nullptr, projected + i % 2 * shape.projected());
       team.each(rows, [&](int64_t begin, int64_t end) { layer.project(begin, end); });
       team.wait();
-      team.each(to->size(0), [&](int64_t begin, int64_t end) { layer.finish(begin, end); });
+      const auto finish = [&](int64_t begin, int64_t end) {
+        layer.finish(begin, end, View(to->data<float>() + begin * dim, end - begin, dim));
+      };
+      team.each(to->size(0),
+                [&](int64_t begin, int64_t end) { layer.in_tiles(begin, end, finish); });
       from = to;
     }
   });
