@@ -317,10 +317,10 @@ void packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
                        packed.panels * chunks >= 4 * kPanelGroup * max_threads();
   const int64_t groups = grouped ? div_up(packed.panels, kPanelGroup) : packed.panels;
   const int64_t tasks = groups * chunks;
-  // Below some twenty microseconds a second thread comes too late.
+  // Below some ten microseconds a second thread comes too late.
   const int64_t work = rows * packed.panels * p.steps;
   parallel_phases(
-      work < (1 << 13) ? 1 : tasks,
+      work < (1 << 12) ? 1 : tasks,
       [&](const Part& part) {
         if (!as_it_is) {
           const auto [first, last] = part.of(rows);
