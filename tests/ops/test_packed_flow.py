@@ -68,13 +68,15 @@ def make_maps(dtype: torch.dtype) -> list[FlowMap]:
     return maps
 
 
-def make_inputs(maps: list[FlowMap]) -> tuple[Tensor, list[Tensor], RowsOf, RowsOf]:
-    halved = [length // 2 for length in LENGTHS]
-    rows = torch.randn(sum(LENGTHS), DIM // 2), spread(LENGTHS, LENGTHS), spread(LENGTHS, SOURCES)
-    pairs = torch.randn(sum(halved), DIM), spread(halved, halved), spread(halved, SOURCES)
+def make_inputs(
+    maps: list[FlowMap], lengths: list[int] = LENGTHS, sources: list[int] = SOURCES
+) -> tuple[Tensor, list[Tensor], RowsOf, RowsOf]:
+    halved = [length // 2 for length in lengths]
+    rows = torch.randn(sum(lengths), DIM // 2), spread(lengths, lengths), spread(lengths, sources)
+    pairs = torch.randn(sum(halved), DIM), spread(halved, halved), spread(halved, sources)
     widths = [len(one.output_bias) for one in maps if isinstance(one, PackedCoupling)]
-    memory = [torch.randn(sum(SOURCES), width) for width in widths]
-    return torch.randn(sum(LENGTHS), DIM), memory, rows, pairs
+    memory = [torch.randn(sum(sources), width) for width in widths]
+    return torch.randn(sum(lengths), DIM), memory, rows, pairs
 
 
 def by_parts(
@@ -216,17 +218,21 @@ def test_a_coupling_by_plain_attention_and_its_jacobian(
     torch.testing.assert_close(logdet.sum(), want.float(), rtol=1e-4, atol=1e-4)
 
 
+# The latter go through layers in several tiles of at most 96 rows, of which one ends in a sentence.
 @pytest.mark.usefixtures("extension")
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize(
+    ("lengths", "sources"), [(LENGTHS, SOURCES), ([60, 34, 2, 240, 6], [3, 1, 5, 2, 4])]
+)
 def test_sentences_do_not_depend_on_batch_mates_or_threads(
-    dtype: torch.dtype, inverse: bool
+    lengths: list[int], sources: list[int], dtype: torch.dtype, inverse: bool
 ) -> None:
     maps = make_maps(dtype)
-    x, memory, rows, pairs = make_inputs(maps)
+    x, memory, rows, pairs = make_inputs(maps, lengths, sources)
     together, logdet = packed_flow(x, maps, memory, rows, pairs, inverse=inverse)
     begin = source = 0
-    for length, size in zip(LENGTHS, SOURCES, strict=True):
+    for length, size in zip(lengths, sources, strict=True):
         own, half = slice(begin, begin + length), slice(begin // 2, (begin + length) // 2)
         alone, by_row = packed_flow(
             x[own],

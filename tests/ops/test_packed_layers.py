@@ -49,13 +49,15 @@ def make_layer(
     )
 
 
-def make_arguments(crosses: bool) -> tuple[Tensor, Tensor, Any]:
-    x = torch.randn(sum(LENGTHS), DIM)
+def make_arguments(
+    crosses: bool, lengths: list[int] = LENGTHS, sources: list[int] = SOURCES
+) -> tuple[Tensor, Tensor, Any]:
+    x = torch.randn(sum(lengths), DIM)
     memory = None
     if crosses:
-        keys, values = torch.randn(2, sum(SOURCES), HEADS, DIM // HEADS)
-        memory = keys, values, spread(LENGTHS, SOURCES)
-    return x, spread(LENGTHS, LENGTHS), memory
+        keys, values = torch.randn(2, sum(sources), HEADS, DIM // HEADS)
+        memory = keys, values, spread(lengths, sources)
+    return x, spread(lengths, lengths), memory
 
 
 def run(x: Tensor, layer: PackedLayer, sees: Tensor, memory: Any = None, **options: Any) -> Tensor:
@@ -123,6 +125,24 @@ def test_is_its_parts_to_the_last_bit(
         got = run(x, layer, seen, memory=memory, **options)  # type: ignore[arg-type]
         want = by_parts(x, layer, seen, memory, **options)  # type: ignore[arg-type]
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_of_several_tiles_are_their_parts_to_the_last_bit(
+    threads: int, dtype: torch.dtype, extension: Any
+) -> None:
+    layer = make_layer(dtype, crosses=True, norm_first=True)
+    # A tile has at most 96 rows: one ends between sentences, one within the longest.
+    x, sees, memory = make_arguments(True, [50, 45, 1, 260, 30], [3, 5, 1, 8, 2])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for chosen in (None, torch.arange(0, len(x), 3).flip(0)):
+            got = run(x, layer, sees, memory=memory, chosen=chosen)
+            assert torch.equal(got, by_parts(x, layer, sees, memory, chosen=chosen))
+    finally:
+        torch.set_num_threads(before)
 
 
 @every_layer
