@@ -21,6 +21,14 @@ inline int64_t max_threads() {
 #endif
 }
 
+// Threads that a loop may use: one where it runs on a thread of another.
+inline int64_t free_threads() {
+#ifdef _OPENMP
+  if (omp_in_parallel()) return 1;
+#endif
+  return max_threads();
+}
+
 // Calls body(first, last) on disjoint ranges that cover [0, n), each at least `grain` long where
 // possible. Which thread takes what never changes a result: a row is the work of one thread.
 template <typename Body>
@@ -146,6 +154,7 @@ class Scratch {
     const size_t bytes = static_cast<size_t>(count) * sizeof(T);
     if (bytes > bytes_) {
       data_.reset();
+      bytes_ = 0;  // nothing is there if what follows throws
       data_.reset(static_cast<char*>(::operator new(bytes, kAlignment)));
       bytes_ = bytes;
     }

@@ -49,7 +49,7 @@ inline void multiply_some(const A* in, const FlowStep<A>& step, Head head, int64
   }
 }
 
-// Elements (i, j) to (i, j + kCount - 1) of the gradient of a matrix, for heads that no vectors
+// Elements (i, j) to (i, j + kCount - 1) of the gradient of a matrix, for heads that vectors do not
 // divide.
 template <typename A, int kCount>
 inline void add_elements(const A* grad, const A* in, const FlowStep<A>& step, int64_t i, int64_t j,
@@ -71,7 +71,7 @@ inline void add_elements(const A* grad, const A* in, const FlowStep<A>& step, in
   for (int e = 0; e < kCount; ++e) grad_weight[i * step.dim + j + e] += reduce_add(sum[e]);
 }
 
-// The channels of one head as rows [kFlowRows, dim], some vectors of them from `first` on.
+// Some vectors of a head's channels, from `first` on, as rows [kFlowRows, kCount vectors].
 template <typename A, int kCount>
 inline void rows_of_head(const A* in, Head head, int64_t first, A* out) {
   using Vector = Simd<A>;
@@ -99,9 +99,7 @@ inline void add_products_of_rows(const A* grad, int64_t apart, const A* rows, in
   using Vector = Simd<A>;
   Vector sum[kRows][kCount];
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kCount; ++v) {
-      sum[r][v] = Vector::load(grad_weight + r * stride + v * Vector::kLanes);
-    }
+    for (int v = 0; v < kCount; ++v) sum[r][v] = Vector::broadcast(0);
   }
   for (int t = 0; t < kFlowRows; ++t, rows += kCount * Vector::kLanes) {
     Vector x[kCount];
@@ -113,7 +111,8 @@ inline void add_products_of_rows(const A* grad, int64_t apart, const A* rows, in
   }
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kCount; ++v) {
-      sum[r][v].store(grad_weight + r * stride + v * Vector::kLanes);
+      A* place = grad_weight + r * stride + v * Vector::kLanes;
+      add(Vector::load(place), sum[r][v]).store(place);
     }
   }
 }
@@ -123,6 +122,7 @@ inline void add_products_of_rows(const A* grad, int64_t apart, const A* rows, in
 template <typename A, int kCount>
 inline void add_columns(const A* grad, const A* in, const FlowStep<A>& step, int64_t first,
                         A* grad_weight) {
+  static_assert(Simd<A>::kLanes % 2 == 0 && kFlowRows % Columns<A, A>::kCount == 0);
   alignas(64) A rows[kFlowRows * kCount * Simd<A>::kLanes];
   for (int64_t h = 0; h < step.heads; ++h) {
     const Head head = head_of(step, h);

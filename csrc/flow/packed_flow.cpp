@@ -106,6 +106,7 @@ void check_rows_of(const Check& check, const char* name, const std::vector<Tenso
     check.dims(name, rows[i], 3, "[N, R, 2]");
     check.shape(name, rows[i], {count, rows[i].size(1), 2}, "rows, R, begin and end");
     check.dtype(name, rows[i], {kInt32});
+    check_cpu(check, name, rows[i]);
   }
 }
 
@@ -347,8 +348,8 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
       // The network's states, the half that changes before and after, shift and scale, and a
       // log-determinant a row, twice.
       const int64_t n = last - first;
-      thread_local Scratch scratch;
-      float* const made = scratch.get<float>(n * (5 * width + 2));
+      thread_local Scratch tile;
+      float* const made = tile.get<float>(n * (5 * width + 2));
       float* const before = made + n * width;
       float* const after = before + n * width;
       float* const parameters = after + n * width;

@@ -87,8 +87,8 @@ class Layer {
   }
 
  private:
-  // Where a tile ends: where the keys do that its rows attend to, if that is not too early, or they
-  // would be prepared for the next tile again.
+  // Ends where the first interval's begin changes, if that is in the second half of a full tile;
+  // else the same keys would be prepared for the next tile, too. With chosen rows it is full.
   int64_t tile_end(int64_t first, int64_t last) const;
   bool norm_first() const { return tensors_.norms == nullptr; }
   void enter(size_t map, const Tensor& x, const Tensor& y, int64_t activation = 0) const;

@@ -53,6 +53,7 @@ void check_intervals(const Check& check, const char* name, const Tensor& interva
   check.dims(name, intervals, 3, "[N, R, 2]");
   check.shape(name, intervals, {rows, intervals.size(1), 2}, "rows of `x`, R, begin and end");
   check.dtype(name, intervals, {kInt32});
+  check_cpu(check, name, intervals);
 }
 
 }  // namespace
@@ -119,7 +120,8 @@ void Layer::project(int64_t first, int64_t last) const {
 }
 
 int64_t Layer::tile_end(int64_t first, int64_t last) const {
-  const int64_t most = first + kTileRows;
+  // Rows too few to be shared out share the columns of each product instead.
+  const int64_t most = first + std::max(kTileRows, kRowsToShare * max_threads());
   if (most >= last || chosen_ != nullptr) return std::min(most, last);
   const int32_t* begins = intervals_.data<int32_t>();
   const int64_t stride = intervals_.stride(0);

@@ -313,11 +313,12 @@ void packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Te
                : words.rows();
   const int64_t chunks = div_up(rows, kChunkRows);
   // Every thread gets some groups, or single panels where there are too few.
-  const bool grouped = strip_columns() < kPanel && packed.steps > 2 * kStripSteps && chunks > 1 &&
-                       packed.panels * chunks >= 4 * kPanelGroup * max_threads();
+  const bool grouped =
+      strip_columns() < kPanel && packed.steps > 2 * kStripSteps && rows > kChunkRows / 2 &&
+      (free_threads() == 1 || packed.panels * chunks >= 4 * kPanelGroup * free_threads());
   const int64_t groups = grouped ? div_up(packed.panels, kPanelGroup) : packed.panels;
   const int64_t tasks = groups * chunks;
-  // Below some ten microseconds a second thread comes too late.
+  // Below some twenty microseconds a second thread comes too late.
   const int64_t work = rows * packed.panels * p.steps;
   parallel_phases(
       work < (1 << 12) ? 1 : tasks,

@@ -218,7 +218,7 @@ def test_a_coupling_by_plain_attention_and_its_jacobian(
     torch.testing.assert_close(logdet.sum(), want.float(), rtol=1e-4, atol=1e-4)
 
 
-# The latter go through layers in several tiles of at most 96 rows, of which one ends in a sentence.
+# The latter go through layers in several tiles of at most 96 rows, of which some end in a sentence.
 @pytest.mark.usefixtures("extension")
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("dtype", FORMATS)
