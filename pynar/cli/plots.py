@@ -17,6 +17,8 @@ __all__ = [
 ]
 
 
+STROKES = ("-", "--", ":", "-.")
+
 # Points by panel and label: x, y, and what to write beside them.
 Curves = dict[str, dict[str, list[tuple[Any, Any, str]]]]
 
@@ -117,10 +119,10 @@ def _plot_panels(path: Path, curves: Curves, labels: tuple[str, str]) -> Path | 
     import matplotlib.pyplot as plt
     from matplotlib.ticker import ScalarFormatter
 
-    size = (7 * len(curves), 5.5)
+    size = (7 * len(curves), 4.5 + 0.15 * max(map(len, curves.values())))
     figure, panels = plt.subplots(1, len(curves), figsize=size, layout="constrained", squeeze=False)
     for axes, (title, lines) in zip(panels[0], curves.items(), strict=True):
-        for label, points in lines.items():
+        for number, (label, points) in enumerate(lines.items()):
             sides = [[_bar(point[side]) for point in sorted(points, key=_first)] for side in (0, 1)]
             (xs, x_bars), (ys, y_bars) = (list(zip(*side, strict=True)) for side in sides)
             bars = {
@@ -128,7 +130,9 @@ def _plot_panels(path: Path, curves: Curves, labels: tuple[str, str]) -> Path | 
                 for name, ends in (("xerr", x_bars), ("yerr", y_bars))
                 if any(map(any, ends))
             }
-            axes.errorbar(xs, ys, marker="o", markersize=4, label=label, **bars)
+            # There are ten colours; after them come other strokes.
+            style = {"linestyle": STROKES[number // 10 % len(STROKES)], "marker": "o"}
+            axes.errorbar(xs, ys, markersize=4, label=label, **style, **bars)
             for x, y, point in zip(xs, ys, sorted(points, key=_first), strict=True):
                 where = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": 6}
                 axes.annotate(point[2], (x, y), **where)
@@ -139,7 +143,7 @@ def _plot_panels(path: Path, curves: Curves, labels: tuple[str, str]) -> Path | 
         if any(isinstance(point[1], dict) for points in lines.values() for point in points):
             axes.set_yscale("log")
         axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
+        axes.set_ylabel(labels[1], fontsize=8)
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.12))
