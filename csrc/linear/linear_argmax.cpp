@@ -140,6 +140,11 @@ void argmax_panel(WeightFormat format, const InputRows& input, const Panel& pane
   const Panel whole = with_whole_bias(panel, task.width, whole_bias);
   Block block;
   multiply_chunk(format, input, task.first, task.last - task.first, &whole, 1, &block);
+  for (int64_t row = task.first; row < task.last; ++row) {
+    float* values = block.values[row - task.first];
+    finish_row(format, values, advance(input.scales, row), whole,
+               [&](int64_t i, Simd<float> logits) { logits.store(values + i); });
+  }
   finish_block(block, task.first, task.last - task.first, task);
 }
 

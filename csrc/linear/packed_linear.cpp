@@ -135,25 +135,29 @@ Simd<float> gelu(Simd<float> z) {
   return multiply_add(minus_a, exp2<Precision::kFull>(log2_tail), positive);
 }
 
-void finish_panel(const PackedLinearParams& p, Block& block, int64_t column, int64_t width,
-                  int64_t first, int64_t last) {
+// Outputs of the sums of rows [first, last) in the panel that begins at `column`.
+void finish_panel(const PackedLinearParams& p, const RowScale* scales, const Panel& panel,
+                  const Block& block, int64_t column, int64_t width, int64_t first, int64_t last) {
+  using Vector = Simd<float>;
+  const Vector zero = Vector::broadcast(0);
+  float some[kPanel] = {};  // what a panel with fewer columns has to add, and its outputs
   for (int64_t row = first; row < last; ++row) {
-    float* z = block.values[row - first];
-    if (p.activation == Activation::kRelu) {
-      // Not z > 0 ? z : 0, which would make zero of a NaN.
-      for (int64_t i = 0; i < kPanel; ++i) z[i] = z[i] < 0 ? 0.f : z[i];
-    } else if (p.activation == Activation::kGelu) {
-      for (int64_t i = 0; i < kPanel; i += Simd<float>::kLanes) {
-        gelu(Simd<float>::load(z + i)).store(z + i);
-      }
+    float* const out = p.y + row * p.columns + column;
+    float* const y = width < kPanel ? some : out;
+    const float* residual = advance(p.residual, row * p.residual_stride + column);
+    if (residual != nullptr && width < kPanel) {
+      for (int64_t i = 0; i < width; ++i) some[i] = residual[i];
+      residual = some;
     }
-    float* y = p.y + row * p.columns + column;
-    if (p.residual != nullptr) {
-      const float* residual = p.residual + row * p.residual_stride + column;
-      for (int64_t i = 0; i < width; ++i) y[i] = z[i] + residual[i];
-    } else {
-      for (int64_t i = 0; i < width; ++i) y[i] = z[i];
-    }
+    finish_row(p.format, block.values[row - first], advance(scales, row), panel,
+               [&](int64_t i, Vector z) {
+                 // max() gives the second where either is NaN.
+                 if (p.activation == Activation::kRelu) z = max(zero, z);
+                 if (p.activation == Activation::kGelu) z = gelu(z);
+                 if (residual != nullptr) z = add(z, Vector::load(residual + i));
+                 z.store(y + i);
+               });
+    for (int64_t i = 0; width < kPanel && i < width; ++i) out[i] = some[i];
   }
 }
 
@@ -207,7 +211,7 @@ void packed_linear_panels(const PackedLinearParams& p, const InputRows& input, i
   multiply_chunk(p.format, input, first, last - first, weights, count, blocks);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t column = (panel + i) * kPanel;
-    finish_panel(p, blocks[i], column, width(column), first, last);
+    finish_panel(p, input.scales, weights[i], blocks[i], column, width(column), first, last);
   }
 }
 

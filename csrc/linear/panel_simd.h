@@ -280,7 +280,7 @@ struct Dot<WeightFormat::kBFloat16> : Dot<WeightFormat::kFloat32> {
 // Columns of a panel whose words follow each other: see panel.h.
 constexpr int64_t kStrip = Dot<WeightFormat::kFloat32>::kLanes == 16 ? kPanel : kNarrowStrip;
 
-// The outputs of up to kChunkRows rows in one panel, before anything is done with them.
+// The sums of up to kChunkRows rows in one panel.
 struct Block {
   float values[kChunkRows][kPanel];
 };
@@ -371,25 +371,57 @@ inline void accumulate_rows(int64_t rows, const Steps& steps) {
   }
 }
 
-// The sums of a panel's products as outputs: in place.
-template <WeightFormat kFormat>
-inline void finish_sums(const InputRows& input, int64_t first, int64_t rows, const Panel& panel,
-                        Block& out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    float* values = out.values[r];
-    if constexpr (kFormat == WeightFormat::kInt8) {
-      const RowScale scale = input.scales[first + r];
-      int32_t sums[kPanel];
-      memcpy(sums, values, sizeof(sums));
-      for (int i = 0; i < kPanel; ++i) {
-        const int32_t exact = sums[i] - scale.zero * panel.column_sums[i];
-        values[i] = static_cast<float>(exact) * (scale.scale * panel.scales[i]);
-      }
-    }
-    if (panel.bias != nullptr) {
-      for (int i = 0; i < kPanel; ++i) values[i] += panel.bias[i];
-    }
+// The numbers that a vector of int8 sums stands for, of columns `first` and following ones.
+inline Simd<float> from_int8(const void* sums, RowScale scale, const Panel& panel, int64_t first) {
+  const int32_t* column_sums = panel.column_sums + first;
+  using Vector = Simd<float>;
+#if defined(__AVX512F__)
+  const __m512i zeros =
+      _mm512_mullo_epi32(_mm512_set1_epi32(scale.zero), _mm512_loadu_si512(column_sums));
+  const Vector exact{_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(sums), zeros))};
+#elif defined(__AVX2__)
+  const auto load = [](const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  };
+  const __m256i zeros = _mm256_mullo_epi32(_mm256_set1_epi32(scale.zero), load(column_sums));
+  const Vector exact{_mm256_cvtepi32_ps(_mm256_sub_epi32(load(sums), zeros))};
+#else
+  int32_t lanes[Vector::kLanes];
+  float numbers[Vector::kLanes];
+  memcpy(lanes, sums, sizeof(lanes));
+  for (int i = 0; i < Vector::kLanes; ++i) {
+    numbers[i] = static_cast<float>(lanes[i] - scale.zero * column_sums[i]);
   }
+  const Vector exact = Vector::load(numbers);
+#endif
+  return mul(exact, mul(Vector::broadcast(scale.scale), Vector::load(panel.scales + first)));
+}
+
+// Calls then(first, values) for each vector of outputs of a row: its sums as numbers, with bias.
+template <WeightFormat kFormat, typename Then>
+inline void finish_row(const float* sums, const RowScale* scale, const Panel& panel,
+                       const Then& then) {
+  using Vector = Simd<float>;
+  for (int64_t i = 0; i < kPanel; i += Vector::kLanes) {
+    Vector values;
+    if constexpr (kFormat == WeightFormat::kInt8) {
+      values = from_int8(sums + i, *scale, panel, i);
+    } else {
+      values = Vector::load(sums + i);
+    }
+    if (panel.bias != nullptr) values = add(values, Vector::load(panel.bias + i));
+    then(i, values);
+  }
+}
+
+// As above, for whatever format.
+template <typename Then>
+inline void finish_row(WeightFormat format, const float* sums, const RowScale* scale,
+                       const Panel& panel, const Then& then) {
+  if (format == WeightFormat::kInt8) {
+    return finish_row<WeightFormat::kInt8>(sums, scale, panel, then);
+  }
+  finish_row<WeightFormat::kFloat32>(sums, scale, panel, then);
 }
 
 // Not inlined, since its loops need all registers that there are.
@@ -435,11 +467,10 @@ template <WeightFormat kFormat>
       }
     }
   }
-  for (int64_t i = 0; i < count; ++i) finish_sums<kFormat>(input, first, rows, panels[i], out[i]);
 }
 
-// Rows `first` to `first + rows` of the input, at most kChunkRows, in `count` panels that follow
-// each other.
+// The sums of rows `first` to `first + rows` of the input, at most kChunkRows, in `count` panels
+// that follow each other; finish_row() makes outputs of them.
 inline void multiply_chunk(WeightFormat format, const InputRows& input, int64_t first, int64_t rows,
                            const Panel* panels, int64_t count, Block* out) {
   if (format == WeightFormat::kFloat32) {
