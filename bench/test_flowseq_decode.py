@@ -73,7 +73,7 @@ FEWER_BITS = ("int8", "bf16")
 @pytest.mark.parametrize(("device", "implementation"), CASES)
 @pytest.mark.parametrize("batch", [1, pytest.param(32, marks=pytest.mark.grid)])
 def test_flowseq_argmax(
-    run_case: Callable[[Case, str, Callable[..., Any]], None],
+    run_case: Callable[..., None],
     device: str,
     batch: int,
     implementation: str,
@@ -107,4 +107,6 @@ def test_flowseq_argmax(
         bytes_moved=4 * sum(p.numel() for p in base(place).parameters()),
         graph=not plain,
     )
-    run_case(case, implementation, function)
+    # A shared machine's speed drifts by more than what is asked for.
+    turns = None if plain or implementation == "not frozen" else ("plain PyTorch", by_calls)
+    run_case(case, implementation, function, turns)
