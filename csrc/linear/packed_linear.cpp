@@ -74,27 +74,26 @@ void to_bfloat16(const float* x, int64_t size, uint32_t* words) {
 // scale that makes NaN of all its outputs.
 RowScale to_int8(const float* x, int64_t size, uint8_t* out) {
   using Vector = Simd<float>;
-  Vector highest_lanes = Vector::broadcast(0);
-  Vector minus_lowest_lanes = highest_lanes;
+  const Vector zeros = Vector::broadcast(0);
+  Vector highest_lanes = zeros;
+  Vector minus_lowest_lanes = zeros;
+  Vector finite_lanes = zeros;  // NaN where there was a NaN or an infinity
   int64_t i = 0;
   for (; i + Vector::kLanes <= size; i += Vector::kLanes) {
     const Vector v = Vector::load(x + i);
     highest_lanes = max(v, highest_lanes);
-    minus_lowest_lanes = max(sub(Vector::broadcast(0), v), minus_lowest_lanes);
+    minus_lowest_lanes = max(sub(zeros, v), minus_lowest_lanes);
+    finite_lanes = add(finite_lanes, mul(v, zeros));
   }
   float highest = reduce_max(highest_lanes);
   float minus_lowest = reduce_max(minus_lowest_lanes);
+  float finite = reduce_add(finite_lanes);
   for (; i < size; ++i) {
     highest = highest > x[i] ? highest : x[i];
     minus_lowest = minus_lowest > -x[i] ? minus_lowest : -x[i];
+    finite += x[i] * 0.f;
   }
-  // As whole numbers, of which a NaN is the greatest.
-  uint32_t largest = 0;
-  for (i = 0; i < size; ++i) {
-    const uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
-    largest = largest > magnitude ? largest : magnitude;
-  }
-  if (largest >= 0x7f800000) {
+  if (finite != finite) {
     for (i = 0; i < size; ++i) out[i] = 0;
     return {__builtin_nanf(""), 0};
   }
@@ -169,16 +168,19 @@ void convert_rows(WeightFormat format, const InputConversion& how, const T* x, i
   const int64_t depth = how.depth;
   const bool is_float = format == WeightFormat::kFloat32;
   for (int64_t r = 0; r < rows; ++r, x += x_stride, words += how.stride) {
-    float* h = is_float ? reinterpret_cast<float*>(words) : scratch;
+    const int64_t padded = how.steps * depth_per_word(format);
+    float* row = is_float ? reinterpret_cast<float*>(words) : scratch;
+    const float* h = row;
     if (how.eps >= 0) {
       const Moments m = moments(x, depth, how.eps);
-      for (int64_t i = 0; i < depth; ++i) h[i] = (element(x, i) - m.mean) * m.rstd;
+      for (int64_t i = 0; i < depth; ++i) row[i] = (element(x, i) - m.mean) * m.rstd;
+    } else if (sizeof(T) == sizeof(float) && !is_float && padded == depth) {
+      h = reinterpret_cast<const float*>(x);
     } else {
-      for (int64_t i = 0; i < depth; ++i) h[i] = element(x, i);
+      for (int64_t i = 0; i < depth; ++i) row[i] = element(x, i);
     }
     if (is_float) continue;
-    const int64_t padded = how.steps * depth_per_word(format);
-    for (int64_t i = depth; i < padded; ++i) h[i] = 0;
+    for (int64_t i = depth; i < padded; ++i) row[i] = 0;
     if (format == WeightFormat::kBFloat16) {
       to_bfloat16(h, padded, words);
     } else {
