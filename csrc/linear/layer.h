@@ -14,7 +14,7 @@ namespace pynar {
 constexpr int64_t kRowsToShare = 4;
 
 // So many rows at most go through the second phase together, so that what is between their maps
-// stays in a core's own caches.
+// stays in a core's own caches; or as many as are too few to be shared out, where that is more.
 constexpr int64_t kTileRows = 96;
 
 // What layers next to each other share.
