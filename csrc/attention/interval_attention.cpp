@@ -50,7 +50,8 @@ struct AttentionTile {
   double scale;
 };
 
-// For packed keys and values, and the scores, sums and queries of a block.
+// For packed keys and values, and the scores, sums and queries of a block. (Those of keys, values
+// and queries take half where they are multiplied as bf16, and the weights of a block what is left.)
 constexpr int64_t attention_scratch(int64_t num_groups, int64_t dim) {
   const int64_t positions = num_groups * kKeyGroup;
   return positions * (dim + attention_width(dim)) +
@@ -82,12 +83,17 @@ inline double logarithm(double x) {
   return __builtin_log(x);
 }
 
-// What is done in the accumulation type with the keys of a family: compiled once for all element
-// types.
-template <typename A>
+// What is done with the keys of a family, multiplied as numbers of type O: compiled once for all
+// element types.
+template <typename O>
 class BlockAttention {
  public:
+  using A = accumulation_t<O>;
   using Vector = Simd<A>;
+  // Rounded to bf16 they do not need more.
+  static constexpr Precision kPrecision = kPer<O> == 1 ? Precision::kFull : Precision::kShort;
+  // Scores become weights in place where these are of the same type.
+  static constexpr bool kInPlace = kPer<O> == 1;
 
   template <typename T>
   explicit BlockAttention(const AttentionKeys<T>& keys)
@@ -101,26 +107,30 @@ class BlockAttention {
         positions_(keys.positions()),
         width_(round_up(keys.dim, Vector::kLanes)),
         stride_(positions_ + kKeyGroup) {
-    A* next = keys.scratch;
-    const auto take = [&](int64_t count) {
-      A* taken = next;
-      next += count;
-      return taken;
+    char* next = reinterpret_cast<char*>(keys.scratch);
+    const auto take = [&](auto*& taken, int64_t count) {
+      taken = reinterpret_cast<decltype(+taken)>(next);
+      next += count * sizeof(*taken);
     };
-    packed_keys_ = take(positions_ * dim_);
-    packed_values_ = take(positions_ * width_);
-    scores_ = take(kBlockRows * stride_);
-    sums_ = take(kBlockRows * width_);
-    q_ = take(kBlockRows * width_);
+    take(packed_keys_, positions_ * in_factors<O>(dim_));
+    take(packed_values_, positions_ * width_);
+    take(scores_, kBlockRows * stride_);
+    take(sums_, kBlockRows * width_);
+    take(q_, kBlockRows * width_);
+    if constexpr (kInPlace) {
+      weights_ = scores_;
+    } else {
+      take(weights_, kBlockRows * stride_);
+    }
   }
 
   int64_t width() const { return width_; }
   int64_t positions() const { return positions_; }
   // Where rows of values are not whole vectors they must be packed.
   bool packs_values() const { return packed_ || width_ != dim_; }
-  A* packed_keys() const { return packed_keys_; }
-  A* packed_values() const { return packed_values_; }
-  A* q() const { return q_; }
+  O* packed_keys() const { return packed_keys_; }
+  O* packed_values() const { return packed_values_; }
+  O* q() const { return q_; }
   const A* sums() const { return sums_; }
 
   // For q() of padded_rows(rows): sums() of the values by exp2(score - max), with the maximum and
@@ -138,28 +148,37 @@ class BlockAttention {
     score<kRows>(block, scale);
     exponentiate<kRows>(block, masks, max);
     sum<kRows>(0, block.runs.begin(), block.runs.end());
-    if (!block.mixed) return sum_ranges<kRows>(block.seen[0], scores_, stride_, total);
-    for (int64_t r = 0; r < rows; ++r) {
-      sum_ranges<1>(block.seen[r], scores_ + r * stride_, stride_, total + r);
+    if (!block.mixed) {
+      sum_ranges<kRows>(block.seen[0], scores_, stride_, total);
+      // No position is read that not all of them see.
+      if (kPer<O> == 1) return;
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        sum_ranges<1>(block.seen[r], scores_ + r * stride_, stride_, total + r);
+      }
     }
     // An infinity or NaN times the zero of a query that does not see it is NaN.
-    if (!is_finite(sums_, rows * width_)) {
-      for (int64_t r = 0; r < rows; ++r) sum<1>(r, block.seen[r].begin(), block.seen[r].end());
+    if (is_finite(sums_, rows * width_)) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto runs = joined(block.seen[r]);
+      sum<1, true>(r, runs.begin(), runs.end());
     }
   }
 
   template <int kRows>
   void score(const RowBlock& block, A scale) {
     if (packed_) {
-      score_groups<kRows>(block.groups, static_cast<const A*>(q_), width_,
-                          static_cast<const A*>(packed_keys_), dim_, scale, scores_, stride_);
+      score_groups<kRows>(block.groups, static_cast<const O*>(q_), width_,
+                          static_cast<const O*>(packed_keys_), dim_, scale, scores_, stride_);
       return;
     }
-    for (const Range& groups : block.groups) {
-      for (int64_t g = groups.begin; g < groups.end; ++g) {
-        score_direct<kRows>(static_cast<const A*>(q_), width_,
-                            GroupRows<A>(k_, k_stride_, keys_ + g * kKeyGroup), dim_, scale,
-                            scores_ + g * kKeyGroup, stride_);
+    if constexpr (kInPlace) {
+      for (const Range& groups : block.groups) {
+        for (int64_t g = groups.begin; g < groups.end; ++g) {
+          score_direct<kRows>(static_cast<const A*>(q_), width_,
+                              GroupRows<A>(k_, k_stride_, keys_ + g * kKeyGroup), dim_, scale,
+                              scores_ + g * kKeyGroup, stride_);
+        }
       }
     }
   }
@@ -180,7 +199,9 @@ class BlockAttention {
       for (int r = 0; r < kRows; ++r) {
         A* x = scores_ + r * stride_ + j;
         const Vector y = sub(Vector::load(x), Vector::broadcast(greatest[r]));
-        select(mask, r, exp2<Precision::kFull>(y), Vector::broadcast(0)).store(x);
+        const Vector weight = select(mask, r, exp2<kPrecision>(y), Vector::broadcast(0));
+        weight.store(x);
+        if constexpr (!kInPlace) store_factors(weight, weights_ + r * stride_ + j);
       }
     });
     // For sum_ranges().
@@ -191,14 +212,14 @@ class BlockAttention {
     }
   }
 
-  template <int kRows>
+  template <int kRows, bool kExact = false>
   void sum(int64_t row, const Range* first_run, const Range* last_run) {
-    const A* weights = scores_ + row * stride_;
+    const O* weights = weights_ + row * stride_;
     A* out = sums_ + row * width_;
     if (packs_values()) {
-      weighted_panels<kRows>(weights, stride_, static_cast<const A*>(packed_values_), positions_,
-                             first_run, last_run, width_, out, width_);
-    } else {
+      weighted_panels<kRows, kExact>(weights, stride_, static_cast<const O*>(packed_values_),
+                                     positions_, first_run, last_run, width_, out, width_);
+    } else if constexpr (kInPlace) {
       weighted_sums<kRows>(weights, stride_, v_, v_stride_, keys_, first_run, last_run, width_, out,
                            width_);
     }
@@ -221,17 +242,19 @@ class BlockAttention {
   int64_t positions_;
   int64_t width_;
   int64_t stride_;    // of the scores, which leave room for a vector of zeros
-  A* packed_keys_;    // [groups, dim, kKeyGroup]
-  A* packed_values_;  // see pack_panels()
+  O* packed_keys_;    // see pack_transposed(), for each group
+  O* packed_values_;  // see pack_panels()
   A* scores_;         // [kBlockRows, stride], then their exponentials
   A* sums_;           // [kBlockRows, width]
-  A* q_;              // [kBlockRows, width]
+  O* q_;              // [kBlockRows, width]
+  O* weights_;        // [kBlockRows, stride], the exponentials
 };
 
 template <typename T>
 class Attend {
  public:
   using A = accumulation_t<T>;
+  using O = operand_t<T>;
 
   explicit Attend(const AttentionKeys<T>& keys) : k_(keys), blocks_(keys) {}
 
@@ -245,7 +268,7 @@ class Attend {
       prefetch(rows(k_.v, k_.v_stride, next), k_.dim);
       if (k_.packed) {
         pack_transposed(rows(k_.k, k_.k_stride, g), k_.dim,
-                        blocks_.packed_keys() + g * k_.dim * kKeyGroup);
+                        blocks_.packed_keys() + g * in_factors<O>(k_.dim) * kKeyGroup);
       }
       if (blocks_.packs_values()) {
         pack_panels(k_.v, k_.v_stride, k_.keys, g * kKeyGroup, (g + 1) * kKeyGroup,
@@ -292,7 +315,7 @@ class Attend {
   }
 
   const AttentionKeys<T>& k_;
-  BlockAttention<A> blocks_;
+  BlockAttention<O> blocks_;
 };
 
 }  // namespace
@@ -310,9 +333,11 @@ void attend(const AttentionKeys<T>& keys, const AttentionTile<T>& tile) {
 #define PYNAR_ATTENTION(T)                          \
   template void pack_keys(const AttentionKeys<T>&); \
   template void attend(const AttentionKeys<T>&, const AttentionTile<T>&);
-PYNAR_ATTENTION(float)
 PYNAR_ATTENTION(BFloat16)
+#ifndef __AVX512BF16__  // what has products of bf16 is chosen for these alone
+PYNAR_ATTENTION(float)
 PYNAR_ATTENTION(Half)
+#endif
 #ifdef PYNAR_FLOAT64
 PYNAR_ATTENTION(double)
 #endif
@@ -350,8 +375,8 @@ void interval_attention_cpu(const IntervalAttentionParams<T>& p) {
   const IntervalView view = interval_view(p.intervals, p.sizes);
   const TileList tiles(Check(kName), view);
   const TileFamilies families(tiles, view, family_rows(p.sizes));
-  const auto pack_keys = PYNAR_SELECT_KERNEL_OF(T, pack_keys<T>);
-  const auto attend = PYNAR_SELECT_KERNEL_OF(T, attend<T>);
+  const auto pack_keys = PYNAR_SELECT_DOT_KERNEL_OF(T, pack_keys<T>);
+  const auto attend = PYNAR_SELECT_DOT_KERNEL_OF(T, attend<T>);
   const int64_t heads = p.sizes.heads;
   const int64_t work = heads * families.total();
   parallel_for(work, attention_grain(p.sizes), [&](int64_t first, int64_t last) {

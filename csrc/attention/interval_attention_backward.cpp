@@ -55,7 +55,7 @@ constexpr int64_t attention_backward_scratch(int64_t num_groups, int64_t rows, i
   const int64_t positions = num_groups * kKeyGroup;
   const int64_t width = attention_width(dim);
   return 2 * positions * dim + (positions + 2 * rows + kBlockRows) * width +
-         2 * rows * attention_weights_stride(num_groups);
+         (2 * rows + 3 * kBlockRows) * attention_weights_stride(num_groups);
 }
 
 PYNAR_DECLARE_KERNEL(template <typename T> void pack_backward(const AttentionBackwardKeys<T>& keys))
@@ -76,12 +76,18 @@ PYNAR_DECLARE_KERNEL(template <typename T> void store_rows(const accumulation_t<
 namespace pynar::PYNAR_ISA {
 namespace {
 
-// What is done in the accumulation type with the keys of a family: compiled once for all element
-// types.
-template <typename A>
+// What is done with the keys of a family, multiplied as numbers of type O: compiled once for all
+// element types.
+template <typename O>
 class BlockGradients {
  public:
+  using A = accumulation_t<O>;
   using Vector = Simd<A>;
+  // Rounded to bf16 they do not need more.
+  static constexpr Precision kPrecision = kPer<O> == 1 ? Precision::kFull : Precision::kShort;
+  // Where factors hold several numbers, sums over queries want them in another order than sums over
+  // keys or channels.
+  static constexpr bool kOneOrder = kPer<O> == 1;
 
   template <typename T>
   explicit BlockGradients(const AttentionBackwardKeys<T>& keys)
@@ -93,30 +99,52 @@ class BlockGradients {
         positions_(keys.positions()),
         width_(attention_width(keys.dim)),
         stride_(attention_weights_stride(keys.num_groups)) {
-    A* next = keys.scratch;
-    const auto take = [&](int64_t count) {
-      A* taken = next;
-      next += count;
-      return taken;
+    char* next = reinterpret_cast<char*>(keys.scratch);
+    const auto take = [&](auto*& taken, int64_t count) {
+      taken = reinterpret_cast<decltype(+taken)>(next);
+      next += count * sizeof(*taken);
     };
-    keys_ = take(positions_ * width_);
-    transposed_keys_ = take(positions_ * dim_);
-    transposed_values_ = take(positions_ * dim_);
-    q_ = take(keys.rows * width_);
-    grad_out_ = take(keys.rows * width_);
-    grad_q_ = take(kBlockRows * width_);
-    weights_ = take(keys.rows * stride_);
-    grad_scores_ = take(keys.rows * stride_);
+    take(keys_, positions_ * width_);
+    take(transposed_keys_, positions_ * in_factors<O>(dim_));
+    take(transposed_values_, positions_ * in_factors<O>(dim_));
+    take(q_, keys.rows * width_);
+    take(grad_out_, keys.rows * width_);
+    take(grad_q_, kBlockRows * width_);
+    take(weights_, keys.rows * stride_);
+    take(grad_scores_, keys.rows * stride_);
+    if constexpr (kOneOrder) {
+      q_pairs_ = q_;
+      grad_out_pairs_ = grad_out_;
+    } else {
+      take(q_pairs_, keys.rows * width_);
+      take(grad_out_pairs_, keys.rows * width_);
+      take(scores_, kBlockRows * stride_);
+      take(grad_weights_, kBlockRows * stride_);
+      take(block_grad_scores_, kBlockRows * stride_);
+    }
   }
 
   int64_t width() const { return width_; }
   int64_t positions() const { return positions_; }
-  A* keys() const { return keys_; }
-  A* transposed_keys() const { return transposed_keys_; }
-  A* transposed_values() const { return transposed_values_; }
-  A* q() const { return q_; }
-  A* grad_out() const { return grad_out_; }
+  O* keys() const { return keys_; }
+  O* transposed_keys() const { return transposed_keys_; }
+  O* transposed_values() const { return transposed_values_; }
+  O* q() const { return q_; }
+  O* grad_out() const { return grad_out_; }
   const A* grad_q() const { return grad_q_; }
+
+  // After q() and grad_out() have been written for `capacity` queries, a multiple of kBlockRows.
+  void set_queries(int64_t capacity) {
+    if constexpr (!kOneOrder) {
+      for (int64_t r = 0; r < capacity; r += 2) {
+        for (int64_t c = r * width_; c < (r + 1) * width_; c += Vector::kLanes) {
+          const int64_t to = 2 * c - r * width_;
+          store_pairs(q_ + c, q_ + c + width_, q_pairs_ + to);
+          store_pairs(grad_out_ + c, grad_out_ + c + width_, grad_out_pairs_ + to);
+        }
+      }
+    }
+  }
 
   // The weights of a block's queries, from `first` on, the gradients of their scores, and, in
   // grad_q(), their own. `lse` and `mean`, g_i . out_i, are given for padded_rows(rows) rows.
@@ -148,36 +176,58 @@ class BlockGradients {
   template <int kRows>
   void run_rows(const RowBlock& block, int64_t first, const float* masks, double scale,
                 const A* lse, const A* mean) {
-    A* weights = weights_ + first * stride_;
-    A* grad_scores = grad_scores_ + first * stride_;
-    score_groups<kRows>(block.groups, static_cast<const A*>(q_ + first * width_), width_,
-                        static_cast<const A*>(transposed_keys_), dim_,
-                        static_cast<A>(scale * 1.4426950408889634), weights, stride_);
-    score_groups<kRows>(block.groups, static_cast<const A*>(grad_out_ + first * width_), width_,
-                        static_cast<const A*>(transposed_values_), dim_, A(1), grad_scores,
+    if constexpr (kOneOrder) {
+      scores_ = weights_ + first * stride_;
+      grad_weights_ = block_grad_scores_ = grad_scores_ + first * stride_;
+    }
+    score_groups<kRows>(block.groups, static_cast<const O*>(q_ + first * width_), width_,
+                        static_cast<const O*>(transposed_keys_), dim_,
+                        static_cast<A>(scale * 1.4426950408889634), scores_, stride_);
+    score_groups<kRows>(block.groups, static_cast<const O*>(grad_out_ + first * width_), width_,
+                        static_cast<const O*>(transposed_values_), dim_, A(1), grad_weights_,
                         stride_);
-    finish_scores<kRows>(block, masks, static_cast<A>(scale), lse, mean, weights, grad_scores);
-    weighted_panels<kRows>(grad_scores, stride_, static_cast<const A*>(keys_), positions_,
-                           block.runs.begin(), block.runs.end(), width_, grad_q_, width_);
+    finish_scores<kRows>(block, first, masks, static_cast<A>(scale), lse, mean);
+    weighted_panels<kRows>(static_cast<const O*>(block_grad_scores_), stride_,
+                           static_cast<const O*>(keys_), positions_, block.runs.begin(),
+                           block.runs.end(), width_, grad_q_, width_);
   }
 
   // Turns scores into weights, and gradients of weights into those of scores.
   template <int kRows>
-  void finish_scores(const RowBlock& block, const float* masks, A by, const A* lse, const A* mean,
-                     A* block_weights, A* block_grad_scores) {
+  void finish_scores(const RowBlock& block, int64_t first, const float* masks, A by, const A* lse,
+                     const A* mean) {
     A offset[kRows];
     for (int r = 0; r < kRows; ++r) offset[r] = lse[r] * kLog2E<A>;
     const Vector scale = Vector::broadcast(by);
+    const Vector zero = Vector::broadcast(0);
     for_each_vector<kRows, A>(block, masks, [&](int64_t j, const auto& mask) {
-      for (int r = 0; r < kRows; ++r) {
-        A* weights = block_weights + r * stride_ + j;
-        A* grad_scores = block_grad_scores + r * stride_ + j;
-        const Vector p =
-            exp2<Precision::kFull>(sub(Vector::load(weights), Vector::broadcast(offset[r])));
-        const Vector difference = sub(Vector::load(grad_scores), Vector::broadcast(mean[r]));
-        const Vector zero = Vector::broadcast(0);
-        select(mask, r, p, zero).store(weights);
-        select(mask, r, mul(mul(p, scale), difference), zero).store(grad_scores);
+      const auto finish = [&](int r, Vector& weight, Vector& grad_score) {
+        const Vector p = exp2<kPrecision>(
+            sub(Vector::load(scores_ + r * stride_ + j), Vector::broadcast(offset[r])));
+        const Vector difference =
+            sub(Vector::load(grad_weights_ + r * stride_ + j), Vector::broadcast(mean[r]));
+        weight = select(mask, r, p, zero);
+        grad_score = select(mask, r, mul(mul(p, scale), difference), zero);
+      };
+      if constexpr (kOneOrder) {
+        for (int r = 0; r < kRows; ++r) {
+          Vector weight, grad_score;
+          finish(r, weight, grad_score);
+          weight.store(scores_ + r * stride_ + j);
+          grad_score.store(grad_weights_ + r * stride_ + j);
+        }
+      } else {
+        for (int r = 0; r < kRows; r += 2) {
+          Vector weight[2] = {zero, zero};
+          Vector grad_score[2] = {zero, zero};
+          for (int i = 0; i < 2 && r + i < kRows; ++i) {
+            finish(r + i, weight[i], grad_score[i]);
+            store_factors(grad_score[i], block_grad_scores_ + (r + i) * stride_ + j);
+          }
+          const int64_t to = (first + r) * stride_ + 2 * j;
+          store_pairs(weight[0], weight[1], weights_ + to);
+          store_pairs(grad_score[0], grad_score[1], grad_scores_ + to);
+        }
       }
     });
   }
@@ -186,13 +236,17 @@ class BlockGradients {
   void add_keys(int64_t first, const Range* rows, const Range* last) {
     A* grad_k = grad_k_ + first * width_;
     A* grad_v = grad_v_ + first * width_;
+    const int64_t at = first * kPer<O>;
+    const int64_t stride = stride_ * kPer<O>;
     for_each_part<A>(width_, [&](int64_t c, auto vectors) {
       constexpr int kVectors = decltype(vectors)::value;
-      add_weighted_rows<kKeys, kVectors>(weights_ + first, stride_,
-                                         static_cast<const A*>(grad_out_ + c), width_, rows, last,
-                                         grad_v + c, width_);
-      add_weighted_rows<kKeys, kVectors>(grad_scores_ + first, stride_,
-                                         static_cast<const A*>(q_ + c), width_, rows, last,
+      const int64_t from = c * kPer<O>;
+      const int64_t width = width_ * kPer<O>;
+      add_weighted_rows<kKeys, kVectors>(static_cast<const O*>(weights_ + at), stride,
+                                         static_cast<const O*>(grad_out_pairs_ + from), width, rows,
+                                         last, grad_v + c, width_);
+      add_weighted_rows<kKeys, kVectors>(static_cast<const O*>(grad_scores_ + at), stride,
+                                         static_cast<const O*>(q_pairs_ + from), width, rows, last,
                                          grad_k + c, width_);
     });
   }
@@ -204,20 +258,27 @@ class BlockGradients {
   int64_t positions_;
   int64_t width_;
   int64_t stride_;
-  A* keys_;               // see pack_panels()
-  A* transposed_keys_;    // [groups, dim, kKeyGroup]
-  A* transposed_values_;  // [groups, dim, kKeyGroup]
-  A* q_;                  // [rows, width]
-  A* grad_out_;           // [rows, width]
+  O* keys_;               // see pack_panels()
+  O* transposed_keys_;    // see pack_transposed(), for each group
+  O* transposed_values_;  // the same
+  O* q_;                  // [rows, width]
+  O* grad_out_;           // [rows, width]
+  O* q_pairs_;            // the same numbers, [factors of rows, width, rows of a factor]
+  O* grad_out_pairs_;     // the same
   A* grad_q_;             // [kBlockRows, width]
-  A* weights_;            // [rows, stride], first the scores
-  A* grad_scores_;        // [rows, stride], first the gradients of the weights
+  O* weights_;            // [factors of rows, stride, rows of a factor]
+  O* grad_scores_;        // the same
+  // Of a block, [kBlockRows, stride]; in place of what comes of them where there is one order.
+  A* scores_;
+  A* grad_weights_;
+  O* block_grad_scores_;
 };
 
 template <typename T>
 class AttendBackward {
  public:
   using A = accumulation_t<T>;
+  using O = operand_t<T>;
   using Vector = Simd<A>;
 
   explicit AttendBackward(const AttentionBackwardKeys<T>& keys) : k_(keys), blocks_(keys) {}
@@ -230,7 +291,7 @@ class AttendBackward {
       const int64_t next = g + 1 < k_.num_groups ? g + 1 : g;
       prefetch(rows(k_.k, k_.k_stride, next), k_.dim);
       prefetch(rows(k_.v, k_.v_stride, next), k_.dim);
-      const int64_t at = g * k_.dim * kKeyGroup;
+      const int64_t at = g * in_factors<O>(k_.dim) * kKeyGroup;
       pack_transposed(rows(k_.k, k_.k_stride, g), k_.dim, blocks_.transposed_keys() + at);
       pack_transposed(rows(k_.v, k_.v_stride, g), k_.dim, blocks_.transposed_values() + at);
       pack_panels(k_.k, k_.k_stride, k_.keys, g * kKeyGroup, (g + 1) * kKeyGroup,
@@ -245,6 +306,7 @@ class AttendBackward {
     pack_rows(tile.q, tile.q_stride, rows, capacity, k_.dim, blocks_.q(), width);
     pack_rows(tile.grad_out, tile.grad_out_stride, rows, capacity, k_.dim, blocks_.grad_out(),
               width);
+    blocks_.set_queries(capacity);
     const RowBlock* block = tile.blocks;
     for (int64_t r = 0; r < rows; r += kBlockRows, block += tile.block_step) {
       run_block(tile, *block, r, rows - r < kBlockRows ? rows - r : kBlockRows);
@@ -285,19 +347,19 @@ class AttendBackward {
     }
   }
 
-  A dot(const A* x, const T* y) const {
+  A dot(const O* x, const T* y) const {
     Vector products = Vector::broadcast(0);
     int64_t c = 0;
     for (; c + Vector::kLanes <= k_.dim; c += Vector::kLanes) {
       products = multiply_add(Vector::load(x + c), Vector::load(y + c), products);
     }
     A product = reduce_add(products);
-    for (; c < k_.dim; ++c) product += x[c] * to_accumulation(y[c]);
+    for (; c < k_.dim; ++c) product += to_accumulation(x[c]) * to_accumulation(y[c]);
     return product;
   }
 
   const AttentionBackwardKeys<T>& k_;
-  BlockGradients<A> blocks_;
+  BlockGradients<O> blocks_;
 };
 
 }  // namespace
@@ -325,9 +387,11 @@ void store_rows(const accumulation_t<T>* x, const int64_t* rows, int64_t count, 
   template void pack_backward(const AttentionBackwardKeys<T>&);                                    \
   template void attend_backward(const AttentionBackwardKeys<T>&, const AttentionBackwardTile<T>&); \
   template void store_rows(const accumulation_t<T>*, const int64_t*, int64_t, int64_t, T*, int64_t);
-PYNAR_ATTENTION_BACKWARD(float)
 PYNAR_ATTENTION_BACKWARD(BFloat16)
+#ifndef __AVX512BF16__  // what has products of bf16 is chosen for these alone
+PYNAR_ATTENTION_BACKWARD(float)
 PYNAR_ATTENTION_BACKWARD(Half)
+#endif
 #ifdef PYNAR_FLOAT64
 PYNAR_ATTENTION_BACKWARD(double)
 #endif
@@ -376,9 +440,9 @@ void interval_attention_backward_cpu(const IntervalAttentionBackwardParams<T>& p
   const TileList tiles(Check(kName), view);
   // Not cut: the gradient of a key is one sum.
   const TileFamilies families(tiles, view, std::numeric_limits<int64_t>::max());
-  const auto pack_backward = PYNAR_SELECT_KERNEL_OF(T, pack_backward<T>);
-  const auto attend_backward = PYNAR_SELECT_KERNEL_OF(T, attend_backward<T>);
-  const auto store_rows = PYNAR_SELECT_KERNEL_OF(T, store_rows<T>);
+  const auto pack_backward = PYNAR_SELECT_DOT_KERNEL_OF(T, pack_backward<T>);
+  const auto attend_backward = PYNAR_SELECT_DOT_KERNEL_OF(T, attend_backward<T>);
+  const auto store_rows = PYNAR_SELECT_DOT_KERNEL_OF(T, store_rows<T>);
   const int64_t heads = p.sizes.heads;
   const int64_t dim = p.sizes.dim;
   const int64_t work = heads * families.total();

@@ -64,6 +64,18 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+// Factors of type O (see OperandType) that hold n numbers, and what they take.
+template <typename O>
+constexpr int kPer = Factor<O>::kPer;
+template <typename O>
+inline int64_t factors(int64_t n) {
+  return (n + kPer<O> - 1) / kPer<O>;
+}
+template <typename O>
+inline int64_t in_factors(int64_t n) {
+  return factors<O>(n) * kPer<O>;
+}
+
 // The rows of a group of keys, and of the last one again where the list ends.
 template <typename T>
 struct GroupRows {
@@ -123,13 +135,30 @@ inline void for_each_column(const GroupRows<T>& group, int64_t dim, const Body& 
   }
 }
 
-// packed[channel][key of the group]
+// packed[channel][key of the group], or packed[pair of channels][key][channel of the pair]
 template <typename A, typename T>
 inline void pack_transposed(const GroupRows<T>& group, int64_t dim, A* packed) {
   for_each_column<A>(group, dim, [&](int64_t c, int v, Simd<A> column) {
     column.store(packed + c * kKeyGroup + v * Simd<A>::kLanes);
   });
 }
+#if defined(__AVX512BF16__)
+inline void pack_transposed(const GroupRows<BFloat16>& group, int64_t dim, BFloat16* packed) {
+  int64_t c = 0;
+  for (; c + 8 <= dim; c += 8) {
+    Factor<BFloat16> pairs[4];
+    load_column_pairs(group.row, c, pairs);
+    for (int u = 0; u < 4; ++u) pairs[u].store(packed + (c + 2 * u) * kKeyGroup);
+  }
+  for (; c < dim; c += 2) {
+    for (int i = 0; i < kKeyGroup; ++i) {
+      BFloat16* pair = packed + c * kKeyGroup + 2 * i;
+      pair[0] = group.row[i][c];
+      pair[1] = c + 1 < dim ? group.row[i][c + 1] : BFloat16{0};
+    }
+  }
+}
+#endif
 
 // Channels whose sums a block's queries keep in registers.
 template <typename A>
@@ -144,6 +173,10 @@ inline void pack_row(const T* row, int64_t dim, int64_t width, A* packed) {
   for (; c < dim; ++c) packed[c] = to_accumulation(row[c]);
   for (; c < width; ++c) packed[c] = 0;
 }
+inline void pack_row(const BFloat16* row, int64_t dim, int64_t width, BFloat16* packed) {
+  memcpy(packed, row, dim * sizeof(BFloat16));
+  memset(packed + dim, 0, (width - dim) * sizeof(BFloat16));
+}
 
 // packed[row][channel], rows filled up with zeros, and after `num_rows` more zeros up to `capacity`
 // rows. Asks for the rows of the block after.
@@ -154,7 +187,7 @@ inline void pack_rows(const T* x, int64_t stride, int64_t num_rows, int64_t capa
     prefetch_row(x + (i + kBlockRows) * stride, dim);
     pack_row(x + i * stride, dim, width, packed + i * width);
   }
-  for (int64_t c = num_rows * width; c < capacity * width; ++c) packed[c] = 0;
+  for (int64_t c = num_rows * width; c < capacity * width; ++c) packed[c] = A();
 }
 
 // packed[panel][row][channel of the panel] for the rows [first, last) of `num_rows`: what a
@@ -182,24 +215,52 @@ inline void pack_panels(const T* x, int64_t stride, const int64_t* keys, int64_t
   }
 }
 
+#if defined(__AVX512BF16__)
+// packed[panel][pair of rows][channel of the panel][row of the pair, last one first], from an even
+// row on.
+inline void pack_panels(const BFloat16* x, int64_t stride, const int64_t* keys, int64_t first,
+                        int64_t last, int64_t num_rows, int64_t dim, int64_t width,
+                        BFloat16* packed) {
+  constexpr int kLanes = Simd<float>::kLanes;
+  for (int64_t i = first; i < last; i += 2) {
+    const BFloat16* rows[2];
+    for (int k = 0; k < 2; ++k) rows[k] = x + (keys != nullptr ? keys[i + k] : i + k) * stride;
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t panel = c / kPanel<float> * kPanel<float>;
+      const int64_t wide = width - panel < kPanel<float> ? width - panel : kPanel<float>;
+      BFloat16* to = packed + panel * num_rows + i * wide + 2 * (c - panel);
+      if (c + kLanes <= dim) {
+        store_pairs(rows[0] + c, rows[1] + c, to);
+        continue;
+      }
+      BFloat16 end[2][kLanes];
+      for (int k = 0; k < 2; ++k) pack_row(rows[k] + c, dim - c, kLanes, end[k]);
+      store_pairs(end[0], end[1], to);
+    }
+  }
+}
+#endif
+
 // scores[r][j] = scale * x[r] . y[j] for kRows rows of x and kGroups groups of transposed rows y
-template <int kRows, int kGroups, typename A>
-inline void score_packed(const A* x, int64_t x_stride, const A* y, int64_t dim, A scale, A* scores,
+template <int kRows, int kGroups, typename O, typename A>
+inline void score_packed(const O* x, int64_t x_stride, const O* y, int64_t dim, A scale, A* scores,
                          int64_t scores_stride) {
   using Vector = Simd<A>;
-  constexpr int kPer = kGroupVectors<A>;
-  constexpr int kVectors = kGroups * kPer;
+  constexpr int kVectors = kGroups * kGroupVectors<A>;
   Vector sum[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::broadcast(0);
   }
-  for (int64_t c = 0; c < dim; ++c) {
-    Vector column[kVectors];
+  const int64_t count = factors<O>(dim);
+  for (int64_t c = 0; c < count; ++c) {
+    Factor<O> column[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      column[v] = Vector::load(y + ((v / kPer) * dim + c) * kKeyGroup + v % kPer * Vector::kLanes);
+      const int64_t group = v / kGroupVectors<A>;
+      const int64_t lane = v % kGroupVectors<A> * Vector::kLanes;
+      column[v] = Factor<O>::load(y + ((group * count + c) * kKeyGroup + lane) * kPer<O>);
     }
     for (int r = 0; r < kRows; ++r) {
-      const Vector factor = Vector::broadcast(x[r * x_stride + c]);
+      const Factor<O> factor = Factor<O>::broadcast(x + r * x_stride + c * kPer<O>);
       for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(factor, column[v], sum[r][v]);
     }
   }
@@ -234,15 +295,16 @@ inline void score_direct(const A* x, int64_t x_stride, const GroupRows<A>& y, in
 }
 
 // score_packed() over runs of groups; `scores` and `y` begin at group 0.
-template <int kRows, int kCapacity, typename A>
-inline void score_groups(const Ranges<kCapacity>& runs, const A* x, int64_t x_stride, const A* y,
+template <int kRows, int kCapacity, typename O, typename A>
+inline void score_groups(const Ranges<kCapacity>& runs, const O* x, int64_t x_stride, const O* y,
                          int64_t dim, A scale, A* scores, int64_t scores_stride) {
   for (int i = 0; i < runs.count; ++i) {
     for (int64_t g = runs.range[i].begin; g < runs.range[i].end;) {
       const int64_t left = runs.range[i].end - g;
       const int64_t take = left < kMaxGroups<A> ? left : kMaxGroups<A>;
       with_constant<kMaxGroups<A>>(take, [&](auto count) {
-        score_packed<kRows, decltype(count)::value>(x, x_stride, y + g * dim * kKeyGroup, dim,
+        score_packed<kRows, decltype(count)::value>(x, x_stride,
+                                                    y + g * in_factors<O>(dim) * kKeyGroup, dim,
                                                     scale, scores + g * kKeyGroup, scores_stride);
       });
       g += take;
@@ -252,9 +314,10 @@ inline void score_groups(const Ranges<kCapacity>& runs, const A* x, int64_t x_st
 
 // out[r][c] = sum_j weights[r][j] y[j][c] over the positions j of `runs`, for kRows rows and
 // kVectors vectors of channels. `keys` gives the row of y at a position; null where that is the
-// position itself.
-template <int kRows, int kVectors, typename A>
-inline void weighted_sum(const A* weights, int64_t weights_stride, const A* y, int64_t y_stride,
+// position itself. Factors that hold several positions are read whole, those beyond a run with
+// weights of 0, unless it must be kExact: then they may hold anything.
+template <int kRows, int kVectors, bool kExact = false, typename O, typename A>
+inline void weighted_sum(const O* weights, int64_t weights_stride, const O* y, int64_t y_stride,
                          const int64_t* keys, const Range* first_run, const Range* last_run, A* out,
                          int64_t out_stride) {
   using Vector = Simd<A>;
@@ -263,12 +326,19 @@ inline void weighted_sum(const A* weights, int64_t weights_stride, const A* y, i
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::broadcast(0);
   }
   for (const Range* run = first_run; run != last_run; ++run) {
-    for (int64_t j = run->begin; j < run->end; ++j) {
-      const A* row = y + (keys != nullptr ? keys[j] : j) * y_stride;
-      Vector value[kVectors];
-      for (int v = 0; v < kVectors; ++v) value[v] = Vector::load(row + v * Vector::kLanes);
+    const int64_t end = factors<O>(run->end);
+    for (int64_t j = run->begin / kPer<O>; j < end; ++j) {
+      const O* row = y + (keys != nullptr ? keys[j] : j) * y_stride;
+      Factor<O> value[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        const O* p = row + v * Vector::kLanes * kPer<O>;
+        value[v] = kExact ? Factor<O>::load_some(p, j * kPer<O> >= run->begin,
+                                                 j * kPer<O> + 1 < run->end)
+                          : Factor<O>::load(p);
+      }
       for (int r = 0; r < kRows; ++r) {
-        const Vector weight = Vector::broadcast(weights[r * weights_stride + j]);
+        const Factor<O> weight =
+            Factor<O>::broadcast(weights + r * weights_stride + j * kPer<O>);
         for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(weight, value[v], sum[r][v]);
       }
     }
@@ -290,16 +360,16 @@ inline void weighted_sums(const A* weights, int64_t weights_stride, const A* y, 
 }
 
 // The same of rows that pack_panels() has packed.
-template <int kRows, typename A>
-inline void weighted_panels(const A* weights, int64_t weights_stride, const A* panels,
+template <int kRows, bool kExact = false, typename O, typename A>
+inline void weighted_panels(const O* weights, int64_t weights_stride, const O* panels,
                             int64_t num_rows, const Range* first_run, const Range* last_run,
                             int64_t width, A* out, int64_t out_stride) {
   for_each_part<A>(width, [&](int64_t c, auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
     const int64_t* in_order = nullptr;
-    weighted_sum<kRows, kVectors>(weights, weights_stride, panels + c * num_rows,
-                                  kVectors * Simd<A>::kLanes, in_order, first_run, last_run,
-                                  out + c, out_stride);
+    weighted_sum<kRows, kVectors, kExact>(weights, weights_stride, panels + c * num_rows,
+                                          kVectors * Simd<A>::kLanes * kPer<O>, in_order,
+                                          first_run, last_run, out + c, out_stride);
   });
 }
 
@@ -314,6 +384,20 @@ struct Keep {
 };
 template <typename A>
 constexpr Keep<A> kKeep;
+
+// Sorted ranges, those that touch as one.
+template <int kCapacity>
+inline Ranges<kCapacity> joined(const Ranges<kCapacity>& ranges) {
+  Ranges<kCapacity> out;
+  for (const Range& range : ranges) {
+    if (out.count > 0 && out.range[out.count - 1].end == range.begin) {
+      out.range[out.count - 1].end = range.end;
+    } else {
+      out.range[out.count++] = range;
+    }
+  }
+  return out;
+}
 
 // sums[r] = the sum of x[r] over ranges, for kRows rows. Lanes are counted from where a range
 // begins, so that the order of the sum is that of the ranges alone, wherever they lie. What follows
@@ -338,9 +422,10 @@ inline void sum_ranges(const Ranges<kCapacity>& ranges, const A* x, int64_t x_st
 }
 
 // out[r][c] += sum_i weights[i][r] y[i][c] over the rows i of `runs`, for kRows neighbouring
-// columns of the weights and kVectors vectors of channels.
-template <int kRows, int kVectors, typename A>
-inline void add_weighted_rows(const A* weights, int64_t weights_stride, const A* y,
+// columns of the weights and kVectors vectors of channels. Where factors hold several numbers,
+// these are of several rows, and strides are from one such group of rows to the next.
+template <int kRows, int kVectors, typename O, typename A>
+inline void add_weighted_rows(const O* weights, int64_t weights_stride, const O* y,
                               int64_t y_stride, const Range* first_run, const Range* last_run,
                               A* out, int64_t out_stride) {
   using Vector = Simd<A>;
@@ -351,13 +436,14 @@ inline void add_weighted_rows(const A* weights, int64_t weights_stride, const A*
     }
   }
   for (const Range* run = first_run; run != last_run; ++run) {
-    for (int64_t i = run->begin; i < run->end; ++i) {
-      Vector value[kVectors];
+    const int64_t end = factors<O>(run->end);
+    for (int64_t i = run->begin / kPer<O>; i < end; ++i) {
+      Factor<O> value[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        value[v] = Vector::load(y + i * y_stride + v * Vector::kLanes);
+        value[v] = Factor<O>::load(y + i * y_stride + v * Vector::kLanes * kPer<O>);
       }
       for (int r = 0; r < kRows; ++r) {
-        const Vector weight = Vector::broadcast(weights[i * weights_stride + r]);
+        const Factor<O> weight = Factor<O>::broadcast(weights + i * weights_stride + r * kPer<O>);
         for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(weight, value[v], sum[r][v]);
       }
     }

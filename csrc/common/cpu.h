@@ -61,6 +61,15 @@ void set_isa(const std::string& name);
       return PYNAR_SELECT_KERNEL(name);        \
     }                                          \
   }()
+// The same, of which avx512_vnni is compiled for bf16 alone.
+#define PYNAR_SELECT_DOT_KERNEL_OF(T, name)         \
+  [] {                                              \
+    if constexpr (std::is_same_v<T, BFloat16>) {    \
+      return PYNAR_SELECT_DOT_KERNEL(name);         \
+    } else {                                        \
+      return PYNAR_SELECT_KERNEL_OF(T, name);       \
+    }                                               \
+  }()
 #else
 // NEON is part of every 64-bit ARM processor, so there is nothing to choose.
 #if defined(__aarch64__)
@@ -75,4 +84,5 @@ void set_isa(const std::string& name);
 #define PYNAR_SELECT_KERNEL(name) (PYNAR_ONLY_ISA::name)
 #define PYNAR_SELECT_DOT_KERNEL(name) (PYNAR_ONLY_ISA::name)
 #define PYNAR_SELECT_KERNEL_OF(T, name) (PYNAR_ONLY_ISA::name)
+#define PYNAR_SELECT_DOT_KERNEL_OF(T, name) (PYNAR_ONLY_ISA::name)
 #endif

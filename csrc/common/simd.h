@@ -172,6 +172,33 @@ inline Simd<double> exp2(Simd<double> y) {
 template <typename T>
 constexpr T kLog2E = static_cast<T>(1.4426950408889634);
 
+// A factor of a product: a number for each lane, or kPer of them, whose products are added one after
+// the other.
+template <typename T>
+struct Factor {
+  static constexpr int kPer = 1;
+  Simd<T> v;
+
+  static Factor load(const T* p) { return {Simd<T>::load(p)}; }
+  // For all lanes.
+  static Factor broadcast(const T* p) { return {Simd<T>::broadcast(*p)}; }
+  // Of each lane's numbers those that are asked for, and zeros.
+  static Factor load_some(const T* p, bool, bool) { return load(p); }
+};
+
+template <typename T>
+inline Simd<T> multiply_add(Factor<T> a, Factor<T> b, Simd<T> c) {
+  return multiply_add(a.v, b.v, c);
+}
+
+// What numbers of a storage type are multiplied as.
+template <typename T>
+struct OperandType {
+  using type = accumulation_t<T>;
+};
+template <typename T>
+using operand_t = typename OperandType<T>::type;
+
 }  // namespace pynar::PYNAR_ISA
 
 // float has vectors of its own where the instruction set is known.

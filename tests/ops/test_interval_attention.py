@@ -18,6 +18,7 @@ from pynar.testing import tolerance
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LEVELS = ["generic", "neon", "avx2", "avx512", "avx512_vnni"]
 KINDS = ["any", "shared", "causal", "shifting"]
 
 
@@ -154,7 +155,7 @@ def test_matches_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", ["generic", "neon", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_every_simd_level_matches_reference(level: str, dtype: torch.dtype, extension: Any) -> None:
     if level not in extension.simd_levels():
         pytest.skip(f"{level} cannot run here")
@@ -184,7 +185,7 @@ def test_gradients_match_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", ["generic", "neon", "avx2", "avx512"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_gradients_match_reference_at_every_simd_level(
     level: str, dtype: torch.dtype, extension: Any
 ) -> None:
@@ -385,9 +386,13 @@ def test_strided_channels_and_intervals_equal_their_copies(device: torch.device)
     assert_invariant(attend(*strided, swapped), want)
 
 
-def test_keys_that_a_query_does_not_see_have_no_influence(device: torch.device) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_a_query_does_not_see_have_no_influence(
+    dtype: torch.dtype, device: torch.device
+) -> None:
     for kind in KINDS:
-        q, k, v, intervals = make_arguments(1, 2, 37, 50, 24, count=2, kind=kind, device=device)
+        arguments = make_arguments(1, 2, 37, 50, 24, count=2, kind=kind, dtype=dtype, device=device)
+        q, k, v, intervals = arguments
         k, v = k.nan_to_num(), v.nan_to_num()
         want = attend(q, k, v, intervals)
         visible = reference.interval_mask(intervals, 50)[0]
@@ -401,6 +406,37 @@ def test_keys_that_a_query_does_not_see_have_no_influence(device: torch.device) 
                 assert_invariant(
                     tuple(x[:, :, blind] for x in got), tuple(x[:, :, blind] for x in want)
                 )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", LEVELS)
+def test_values_are_summed_in_order(level: str, dtype: torch.dtype, extension: Any) -> None:
+    """With all scores 0, of values that leave another sum in any other order."""
+    if level not in extension.simd_levels():
+        pytest.skip(f"{level} cannot run here")
+    extension.set_simd_level(level)
+    keys = 41
+    large = torch.randint(-9, 10, (keys, 20)) * 2.0**21
+    v = torch.where(torch.rand(keys, 20) < 0.5, large, torch.randn(keys, 20)).to(dtype)
+    begin, end = torch.randint(0, keys, (2, 60))
+    middle = torch.randint(0, keys, (60,)).clamp(begin, end.maximum(begin))
+    intervals = torch.stack([begin, middle, middle + 1, end.maximum(middle + 1)], -1)
+    q = torch.zeros(1, 1, 60, 20, dtype=dtype)
+    arguments = q, torch.zeros_like(v)[None, None], v[None, None], intervals.view(1, 60, 2, 2).int()
+    want = torch.zeros(60, 20)
+    for row, seen in enumerate(reference.interval_mask(arguments[3], keys)[0]):
+        for j in seen.nonzero()[:, 0]:
+            want[row] += v[j].float()
+        want[row] *= 1 / seen.sum().float()
+    blind = want.isnan()
+    want = want.masked_fill(blind, 0).to(dtype)
+    assert_identical((attend(*arguments)[0][0, 0],), (want,))
+    # Where another key is NaN, a sum is made once more, of a query's own keys.
+    v = v.clone()
+    v[20] = torch.nan
+    unaffected = ~reference.interval_mask(arguments[3], keys)[0, :, 20]
+    got = attend(*arguments[:2], v[None, None], arguments[3])[0][0, 0]
+    assert_identical((got[unaffected],), (want[unaffected],))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
