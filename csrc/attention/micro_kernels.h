@@ -174,8 +174,11 @@ inline void pack_row(const T* row, int64_t dim, int64_t width, A* packed) {
   for (; c < width; ++c) packed[c] = 0;
 }
 inline void pack_row(const BFloat16* row, int64_t dim, int64_t width, BFloat16* packed) {
-  memcpy(packed, row, dim * sizeof(BFloat16));
-  memset(packed + dim, 0, (width - dim) * sizeof(BFloat16));
+  constexpr int kCopied = 16;
+  int64_t c = 0;
+  for (; c + kCopied <= dim; c += kCopied) memcpy(packed + c, row + c, kCopied * sizeof(BFloat16));
+  for (; c < dim; ++c) packed[c] = row[c];
+  for (; c < width; ++c) packed[c] = BFloat16{0};
 }
 
 // packed[row][channel], rows filled up with zeros, and after `num_rows` more zeros up to `capacity`

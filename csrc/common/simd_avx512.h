@@ -19,6 +19,11 @@ struct Simd<float> {
   }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(BFloat16* p) const {
+#if defined(__AVX512BF16__)
+    // Subnormal numbers become zeros.
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+#else
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
@@ -26,6 +31,7 @@ struct Simd<float> {
     rounded = _mm512_mask_or_epi32(rounded, undefined, bits, _mm512_set1_epi32(0x400000));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+#endif
   }
   void store(Half* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
