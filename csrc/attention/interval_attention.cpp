@@ -187,15 +187,19 @@ class BlockAttention {
   template <int kRows>
   void exponentiate(const RowBlock& block, const float* masks, A* greatest) {
     Vector max[kRows];
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) max[r] = Vector::broadcast(kLowest<A>);
     for_each_vector<kRows, A>(block, masks, [&](int64_t j, const auto& mask) {
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const Vector x = Vector::load(scores_ + r * stride_ + j);
         max[r] = pynar::PYNAR_ISA::max(select(mask, r, x, Vector::broadcast(kLowest<A>)), max[r]);
       }
     });
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) greatest[r] = reduce_max(max[r]);
     for_each_vector<kRows, A>(block, masks, [&](int64_t j, const auto& mask) {
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         A* x = scores_ + r * stride_ + j;
         const Vector y = sub(Vector::load(x), Vector::broadcast(greatest[r]));
@@ -206,6 +210,7 @@ class BlockAttention {
     });
     // For sum_ranges().
     for (const Range& groups : block.groups) {
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         Vector::broadcast(0).store(scores_ + r * stride_ + groups.end * kKeyGroup);
       }

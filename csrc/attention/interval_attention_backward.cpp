@@ -197,6 +197,7 @@ class BlockGradients {
   void finish_scores(const RowBlock& block, int64_t first, const float* masks, A by, const A* lse,
                      const A* mean) {
     A offset[kRows];
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) offset[r] = lse[r] * kLog2E<A>;
     const Vector scale = Vector::broadcast(by);
     const Vector zero = Vector::broadcast(0);
@@ -210,6 +211,7 @@ class BlockGradients {
         grad_score = select(mask, r, mul(mul(p, scale), difference), zero);
       };
       if constexpr (kOneOrder) {
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           Vector weight, grad_score;
           finish(r, weight, grad_score);
@@ -217,6 +219,7 @@ class BlockGradients {
           grad_score.store(grad_weights_ + r * stride_ + j);
         }
       } else {
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; r += 2) {
           Vector weight[2] = {zero, zero};
           Vector grad_score[2] = {zero, zero};
@@ -303,6 +306,7 @@ class AttendBackward {
     const int64_t rows = tile.rows;
     const int64_t width = blocks_.width();
     const int64_t capacity = round_up(rows, kBlockRows);
+    prefetch_outputs(tile, 0);
     pack_rows(tile.q, tile.q_stride, rows, capacity, k_.dim, blocks_.q(), width);
     pack_rows(tile.grad_out, tile.grad_out_stride, rows, capacity, k_.dim, blocks_.grad_out(),
               width);
@@ -319,10 +323,8 @@ class AttendBackward {
                  int64_t rows) {
     const T* out = tile.out + first * tile.out_stride;
     T* grad_q = tile.grad_q + first * tile.grad_q_stride;
-    for (int64_t r = 0; r < rows; ++r) {
-      prefetch_row(out + r * tile.out_stride, k_.dim);
-      prefetch_output(grad_q + r * tile.grad_q_stride, k_.dim);
-    }
+    prefetch_outputs(tile, first + rows);
+    for (int64_t r = 0; r < rows; ++r) prefetch_output(grad_q + r * tile.grad_q_stride, k_.dim);
     const int64_t width = blocks_.width();
     A lse[kBlockRows] = {};
     A mean[kBlockRows] = {};
@@ -335,6 +337,13 @@ class AttendBackward {
       store_scaled(blocks_.grad_q() + r * width, A(1), k_.dim, grad_q + r * tile.grad_q_stride);
     }
     read_ahead(tile, first, first + rows);
+  }
+
+  // Of the block that begins with this query, if there is one.
+  void prefetch_outputs(const AttentionBackwardTile<T>& tile, int64_t first) {
+    for (int64_t r = first; r < tile.rows && r < first + kBlockRows; ++r) {
+      prefetch_row(tile.out + r * tile.out_stride, k_.dim);
+    }
   }
 
   // Its share of what the blocks of a tile ask for.
@@ -482,7 +491,7 @@ void interval_attention_backward_cpu(const IntervalAttentionBackwardParams<T>& p
       const int64_t size = keys.positions() * attention_width(dim);
       keys.grad_k = gradients.get<A>(2 * size);
       keys.grad_v = keys.grad_k + size;
-      std::fill_n(keys.grad_k, 2 * size, A(0));
+      std::memset(keys.grad_k, 0, 2 * size * sizeof(A));
       pack_backward(keys);
       int64_t rows = 0;
       for (size_t i = 0; i < plan.tiles().size(); ++i) {

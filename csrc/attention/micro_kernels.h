@@ -251,24 +251,31 @@ inline void score_packed(const O* x, int64_t x_stride, const O* y, int64_t dim, 
   using Vector = Simd<A>;
   constexpr int kVectors = kGroups * kGroupVectors<A>;
   Vector sum[kRows][kVectors];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::broadcast(0);
   }
   const int64_t count = factors<O>(dim);
   for (int64_t c = 0; c < count; ++c) {
     Factor<O> column[kVectors];
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const int64_t group = v / kGroupVectors<A>;
       const int64_t lane = v % kGroupVectors<A> * Vector::kLanes;
       column[v] = Factor<O>::load(y + ((group * count + c) * kKeyGroup + lane) * kPer<O>);
     }
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Factor<O> factor = Factor<O>::broadcast(x + r * x_stride + c * kPer<O>);
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(factor, column[v], sum[r][v]);
     }
   }
   const Vector by = Vector::broadcast(scale);
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       mul(sum[r][v], by).store(scores + r * scores_stride + v * Vector::kLanes);
     }
@@ -281,15 +288,18 @@ inline void score_direct(const A* x, int64_t x_stride, const GroupRows<A>& y, in
                          A* scores, int64_t scores_stride) {
   using Vector = Simd<A>;
   Vector sum[kRows][kGroupVectors<A>];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kGroupVectors<A>; ++v) sum[r][v] = Vector::broadcast(0);
   }
   for_each_column<A>(y, dim, [&](int64_t c, int v, Vector column) {
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       sum[r][v] = multiply_add(Vector::broadcast(x[r * x_stride + c]), column, sum[r][v]);
     }
   });
   const Vector by = Vector::broadcast(scale);
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kGroupVectors<A>; ++v) {
       mul(sum[r][v], by).store(scores + r * scores_stride + v * Vector::kLanes);
@@ -325,7 +335,9 @@ inline void weighted_sum(const O* weights, int64_t weights_stride, const O* y, i
                          int64_t out_stride) {
   using Vector = Simd<A>;
   Vector sum[kRows][kVectors];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector::broadcast(0);
   }
   for (const Range* run = first_run; run != last_run; ++run) {
@@ -333,20 +345,25 @@ inline void weighted_sum(const O* weights, int64_t weights_stride, const O* y, i
     for (int64_t j = run->begin / kPer<O>; j < end; ++j) {
       const O* row = y + (keys != nullptr ? keys[j] : j) * y_stride;
       Factor<O> value[kVectors];
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         const O* p = row + v * Vector::kLanes * kPer<O>;
         value[v] = kExact ? Factor<O>::load_some(p, j * kPer<O> >= run->begin,
                                                  j * kPer<O> + 1 < run->end)
                           : Factor<O>::load(p);
       }
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const Factor<O> weight =
             Factor<O>::broadcast(weights + r * weights_stride + j * kPer<O>);
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(weight, value[v], sum[r][v]);
       }
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sum[r][v].store(out + r * out_stride + v * Vector::kLanes);
   }
 }
@@ -409,18 +426,22 @@ template <int kRows, int kCapacity, typename A>
 inline void sum_ranges(const Ranges<kCapacity>& ranges, const A* x, int64_t x_stride, A* sums) {
   using Vector = Simd<A>;
   Vector sum[kRows];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) sum[r] = Vector::broadcast(0);
   for (const Range& range : ranges) {
     int64_t j = range.begin;
     for (; j + Vector::kLanes <= range.end; j += Vector::kLanes) {
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) sum[r] = add(sum[r], Vector::load(x + r * x_stride + j));
     }
     if (j == range.end) continue;
     const Vector keep = Vector::load(kKeep<A>.lane + Vector::kLanes - (range.end - j));
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       sum[r] = multiply_add(Vector::load(x + r * x_stride + j), keep, sum[r]);
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) sums[r] = reduce_add(sum[r]);
 }
 
@@ -433,7 +454,9 @@ inline void add_weighted_rows(const O* weights, int64_t weights_stride, const O*
                               A* out, int64_t out_stride) {
   using Vector = Simd<A>;
   Vector sum[kRows][kVectors];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       sum[r][v] = Vector::load(out + r * out_stride + v * Vector::kLanes);
     }
@@ -442,16 +465,21 @@ inline void add_weighted_rows(const O* weights, int64_t weights_stride, const O*
     const int64_t end = factors<O>(run->end);
     for (int64_t i = run->begin / kPer<O>; i < end; ++i) {
       Factor<O> value[kVectors];
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         value[v] = Factor<O>::load(y + i * y_stride + v * Vector::kLanes * kPer<O>);
       }
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const Factor<O> weight = Factor<O>::broadcast(weights + i * weights_stride + r * kPer<O>);
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(weight, value[v], sum[r][v]);
       }
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sum[r][v].store(out + r * out_stride + v * Vector::kLanes);
   }
 }

@@ -74,16 +74,9 @@ class DecoderCache:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, intervals: Tensor) -> Tensor:
-    """Attention of rows `q: [N, C]` to rows `k`, `v: [M, H, D]` in their `intervals: [N, R, 2]`.
-
-    In fp32 where CPU would compute in fewer bits, as in `pynar.nn.attention`.
-    """
-    q = q.unflatten(-1, k.shape[-2:])
-    dtype = q.dtype
-    if q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and q.requires_grad:
-        q, k, v = q.float(), k.float(), v.float()
-    y = cast(Tensor, interval_attention(q, k, v, intervals))
-    return y.flatten(-2).to(dtype)
+    """Attention of rows `q: [N, C]` to rows `k`, `v: [M, H, D]` in their `intervals: [N, R, 2]`."""
+    y = cast(Tensor, interval_attention(q.unflatten(-1, k.shape[-2:]), k, v, intervals))
+    return y.flatten(-2)
 
 
 def _self_attend(
