@@ -313,7 +313,9 @@ template <WeightFormat kFormat, int kRows, int kVectors>
 inline void accumulate(const Steps& steps) {
   using D = Dot<kFormat>;
   typename D::Sum sum[kRows][kVectors];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const uint32_t* p = steps.sums + r * kPanel + v * D::kLanes;
       sum[r][v] = steps.from_zero ? D::zero() : D::load(p);
@@ -332,14 +334,19 @@ inline void accumulate(const Steps& steps) {
     }
     for (int part = 0; part < D::kParts; ++part) {
       decltype(D::weights(words, part)) w[kVectors];
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) w[v] = D::weights(words + place(v * D::kLanes), part);
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const typename D::Word word = D::input(word_at(x + r * steps.stride + part));
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sum[r][v] = D::add(sum[r][v], word, w[v]);
       }
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) D::store(steps.sums + r * kPanel + v * D::kLanes, sum[r][v]);
   }
 }
