@@ -51,7 +51,8 @@ struct AttentionTile {
 };
 
 // For packed keys and values, and the scores, sums and queries of a block. (Those of keys, values
-// and queries take half where they are multiplied as bf16, and the weights of a block what is left.)
+// and queries take half where they are multiplied as bf16, and the weights of a block what is
+// left.)
 constexpr int64_t attention_scratch(int64_t num_groups, int64_t dim) {
   const int64_t positions = num_groups * kKeyGroup;
   return positions * (dim + attention_width(dim)) +

@@ -3,6 +3,9 @@
 //
 // Every sum runs over its terms in order, one multiply-add after the other, so that its value does
 // not depend on what is computed beside it.
+//
+// Loops over sums are unrolled by pragmas: left to itself GCC 12 does so too late, and keeps the
+// sums in memory before and after the loop over their terms.
 #pragma once
 
 #include "attention/interval_tiles.h"
@@ -348,14 +351,13 @@ inline void weighted_sum(const O* weights, int64_t weights_stride, const O* y, i
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         const O* p = row + v * Vector::kLanes * kPer<O>;
-        value[v] = kExact ? Factor<O>::load_some(p, j * kPer<O> >= run->begin,
-                                                 j * kPer<O> + 1 < run->end)
-                          : Factor<O>::load(p);
+        value[v] =
+            kExact ? Factor<O>::load_some(p, j * kPer<O> >= run->begin, j * kPer<O> + 1 < run->end)
+                   : Factor<O>::load(p);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const Factor<O> weight =
-            Factor<O>::broadcast(weights + r * weights_stride + j * kPer<O>);
+        const Factor<O> weight = Factor<O>::broadcast(weights + r * weights_stride + j * kPer<O>);
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(weight, value[v], sum[r][v]);
       }
@@ -388,8 +390,8 @@ inline void weighted_panels(const O* weights, int64_t weights_stride, const O* p
     constexpr int kVectors = decltype(vectors)::value;
     const int64_t* in_order = nullptr;
     weighted_sum<kRows, kVectors, kExact>(weights, weights_stride, panels + c * num_rows,
-                                          kVectors * Simd<A>::kLanes * kPer<O>, in_order,
-                                          first_run, last_run, out + c, out_stride);
+                                          kVectors * Simd<A>::kLanes * kPer<O>, in_order, first_run,
+                                          last_run, out + c, out_stride);
   });
 }
 

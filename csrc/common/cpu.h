@@ -62,13 +62,13 @@ void set_isa(const std::string& name);
     }                                          \
   }()
 // The same, of which avx512_vnni is compiled for bf16 alone.
-#define PYNAR_SELECT_DOT_KERNEL_OF(T, name)         \
-  [] {                                              \
-    if constexpr (std::is_same_v<T, BFloat16>) {    \
-      return PYNAR_SELECT_DOT_KERNEL(name);         \
-    } else {                                        \
-      return PYNAR_SELECT_KERNEL_OF(T, name);       \
-    }                                               \
+#define PYNAR_SELECT_DOT_KERNEL_OF(T, name)      \
+  [] {                                           \
+    if constexpr (std::is_same_v<T, BFloat16>) { \
+      return PYNAR_SELECT_DOT_KERNEL(name);      \
+    } else {                                     \
+      return PYNAR_SELECT_KERNEL_OF(T, name);    \
+    }                                            \
   }()
 #else
 // NEON is part of every 64-bit ARM processor, so there is nothing to choose.

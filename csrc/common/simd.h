@@ -172,8 +172,8 @@ inline Simd<double> exp2(Simd<double> y) {
 template <typename T>
 constexpr T kLog2E = static_cast<T>(1.4426950408889634);
 
-// A factor of a product: a number for each lane, or kPer of them, whose products are added one after
-// the other.
+// A factor of a product: a number for each lane, or kPer of them, whose products are added one
+// after the other.
 template <typename T>
 struct Factor {
   static constexpr int kPer = 1;

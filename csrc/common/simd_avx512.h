@@ -165,10 +165,10 @@ struct Columns<float, Half> {
 };
 
 #if defined(__AVX512BF16__)
-// Products of bf16 as they are, two a lane. The instruction adds that of the upper halves first, then
-// the other, each sum rounded (Intel's manual, VDPBF16PS; Zen 4 does the same), so that with the first
-// of two terms in the upper half a sum has the value that it has in order, term by term, however
-// terms are paired. Subnormal numbers count as zeros.
+// Products of bf16 as they are, two a lane. The instruction adds that of the upper halves first,
+// then the other, each sum rounded (Intel's manual, VDPBF16PS; Zen 4 does the same), so that with
+// the first of two terms in the upper half a sum has the value that it has in order, term by term,
+// however terms are paired. Subnormal numbers count as zeros.
 template <>
 struct OperandType<BFloat16> {
   using type = BFloat16;
@@ -196,8 +196,8 @@ inline Simd<float> multiply_add(Factor<BFloat16> a, Factor<BFloat16> b, Simd<flo
   return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }
 
-// Reads 16 bytes of each of kLanes rows as one vector for each pair of neighbouring elements, as they
-// lie.
+// Reads 16 bytes of each of kLanes rows as one vector for each pair of neighbouring elements, as
+// they lie.
 inline void load_column_pairs(const BFloat16* const* rows, int64_t offset,
                               Factor<BFloat16> (&out)[4]) {
   __m512 units[4];
