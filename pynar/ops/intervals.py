@@ -206,11 +206,9 @@ def _nar(t: Tensor, n: Tensor, b: Tensor) -> Rows:
 
 
 def _aux_content(t: Tensor, n: Tensor, b: Tensor) -> Rows:
-    zero = torch.zeros_like(t)
-    r = t - n  # of the true values
-    first = (zero, torch.where(r < 0, n, n - b))
-    second = (torch.where(r < 0, zero, n - b + r + 1), torch.where(r < 0, zero, n + r + 1))
-    return t < n + b, first, second
+    true = t >= n  # r is t - n
+    end = t + 1
+    return t < n + b, (torch.zeros_like(t), n - b * true), ((end - b) * true, end * true)
 
 
 def _aux_query(t: Tensor, n: Tensor, b: Tensor) -> Rows:
@@ -249,5 +247,5 @@ def _grid(operator: str, lengths: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _stack(live: Tensor, *pairs: Pair) -> Tensor:
-    intervals = torch.stack([torch.stack(pair, -1) for pair in pairs], -2)
-    return intervals.masked_fill(~live[..., None, None], 0)
+    bounds = torch.stack([bound for pair in pairs for bound in pair], -1)
+    return bounds.masked_fill_(~live[..., None], 0).unflatten(-1, (-1, 2))
