@@ -22,7 +22,7 @@
 #include "linear/packed_linear.h"
 
 // It copies and adds rows; see csrc/attention/interval_tiles.cpp.
-#pragma GCC optimize("O2")
+#pragma GCC optimize("O3")
 
 namespace pynar {
 namespace {
