@@ -36,6 +36,7 @@ SHAPES = [
 ]
 PLACES = [
     pytest.param("cpu", torch.float32, id="cpu-float32"),
+    pytest.param("cpu", torch.bfloat16, id="cpu-bfloat16", marks=pytest.mark.grid),
     pytest.param("cuda", torch.float32, id="cuda-float32", marks=pytest.mark.cuda),
     pytest.param("cuda", torch.bfloat16, id="cuda-bfloat16", marks=pytest.mark.cuda),
 ]
