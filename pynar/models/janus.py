@@ -195,10 +195,9 @@ class JANUS(CMLM):
         self.register_buffer("parallel_exclusion", exclusion, persistent=False)
         self._terms = [t for t in (*_STREAMS, *_PAIRS, "length") if self._weight(t)]
         pairs = [_PAIRS[term] for term in self._terms if term in _PAIRS]
-        # Streams whose distributions are compared go through the vocabulary in one call.
-        self._compared = [s for s in _STREAMS if any(s in pair for pair in pairs)]
-        self._pairs = [(self._compared.index(p), self._compared.index(q)) for p, q in pairs]
-        self._streams = tuple(s for s in _STREAMS if s in self._terms or s in self._compared)
+        wanted = {*self._terms, *(stream for pair in pairs for stream in pair)}
+        self._streams = tuple(stream for stream in _STREAMS if stream in wanted)
+        self._pairs = [(self._streams.index(p), self._streams.index(q)) for p, q in pairs]
         if "length" not in self._terms:
             # Its parameters would never get a gradient.
             del self.length
@@ -271,58 +270,41 @@ class JANUS(CMLM):
             losses["length"] = self._length_loss(example.batch, example.source, source)
         return losses
 
-    def states(self, example: JANUSExample, source: Tensor) -> dict[str, Tensor]:
+    def _rows(self, streams: TwoStreams) -> dict[str, int]:
+        """How many rows of each stream are read."""
+        parts = {"ar": streams.ar, "nar": streams.nar, "aux": streams.aux}
+        return {name: len(parts[name]) for name in self._streams}
+
+    def states(self, example: JANUSExample, source: Tensor) -> Tensor:
         """The decoder's states of every stream, with the encoder's `source: [S, C]`.
 
-        "ar" is `[sum(T + 1), C]`, the masked tokens' first; "nar" and "aux" are `[b, C]`.
+        One stream after the other: `[sum(T + 1), C]` of AR, the masked tokens' first, `[b, C]` of
+        NAR and AUX.
         """
         streams = example.streams
         parts = {"ar": streams.ar, "nar": streams.nar, "aux": streams.aux}
-        parts = {name: parts[name] for name in self._streams}
-        states = self.decoder.rows(
+        return self.decoder.rows(
             self.embed_rows(self.target_embedding, streams.rows),
             self.decoder.project_rows(source),
             sees=streams.rows.intervals,
             reads=streams.source,
             content=streams.content,
-            read=torch.cat(list(parts.values())),
+            read=torch.cat([parts[name] for name in self._streams]),
         )
-        sizes = [len(part) for part in parts.values()]
-        return dict(zip(parts, states.split(sizes), strict=True))
 
-    def _token_losses(self, states: dict[str, Tensor], streams: TwoStreams) -> dict[str, Tensor]:
-        smoothing = self.config.label_smoothing if self.training else 0.0
-        labels = {"ar": streams.ar_labels, "nar": streams.labels, "aux": streams.labels}
-        sums = {name: torch.zeros((), device=h.device) for name, h in states.items()}
-        divergences: list[Tensor] = []
-        if self._compared:
-            # Selected as states, so that no logits are gathered.
-            b = len(streams.labels)
-            compared = torch.cat([states[name][:b] for name in self._compared])
-            entropies, kl = divergence_cross_entropy(
-                self.logits(compared).unflatten(0, (len(self._compared), b)),
-                streams.labels,
-                self._pairs,
-                label_smoothing=smoothing,
-            )
-            for name, entropy in zip(self._compared, entropies.sum(1).unbind(), strict=True):
-                sums[name] = sums[name] + entropy
-                states = {**states, name: states[name][b:]}
-                labels[name] = labels[name][b:]
-            divergences = list(kl.sum(1).unbind())
-        alone = [name for name in self._streams if name == "ar" or name not in self._compared]
-        if alone:
-            sizes = [len(states[name]) for name in alone]
-            entropies, _ = divergence_cross_entropy(
-                self.logits(torch.cat([states[name] for name in alone]))[None],
-                torch.cat([labels[name] for name in alone]),
-                label_smoothing=smoothing,
-            )
-            for name, entropy in zip(alone, entropies[0].split(sizes), strict=True):
-                sums[name] = sums[name] + entropy.sum()
-        losses = {name: loss for name, loss in sums.items() if name in self._terms}
+    def _token_losses(self, states: Tensor, streams: TwoStreams) -> dict[str, Tensor]:
+        sizes = self._rows(streams)
+        entropies, divergences = divergence_cross_entropy(
+            self.logits(states),
+            streams.ar_labels if "ar" in sizes else streams.labels,
+            self._pairs,
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
+            sizes=list(sizes.values()),
+        )
+        split = entropies.split(list(sizes.values()))
+        losses = {s: x.sum() for s, x in zip(sizes, split, strict=True) if s in self._terms}
         names = [term for term in self._terms if term in _PAIRS]
-        return {**losses, **dict(zip(names, divergences, strict=True))}
+        return {**losses, **dict(zip(names, divergences.sum(1).unbind(), strict=True))}
 
     def score(
         self, source: Tensor, source_lengths: Tensor, target: Tensor, target_lengths: Tensor

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from pynar.ops._operator import Operator
 __all__ = ["divergence_cross_entropy"]
 
 MAX_HEADS = 4
+_NAME = "divergence_cross_entropy"
 
 
 def divergence_cross_entropy(
@@ -22,6 +23,7 @@ def divergence_cross_entropy(
     pairs: Sequence[tuple[int, int]] = (),
     *,
     label_smoothing: float = 0.0,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Returns the cross-entropies of several heads for the same targets, and how far they differ.
 
@@ -51,15 +53,19 @@ def divergence_cross_entropy(
             heads in one tensor, `[C, N, V]`. Of each, only the last dimension must be contiguous.
             Where one matrix product makes the rows of all heads, `[C N, V]`, pass its
             ``view(C, N, V)``: its gradient then comes in one piece, while slices or ``unbind()``
-            would cost another pass to join theirs.
+            would cost another pass to join theirs. With `sizes`, one tensor `[R, V]`.
         targets: `[N]`, int64, each in `[0, V)`. A target outside raises an error on the CPU and
             gives NaN on a GPU.
         pairs: the pairs of heads whose divergence is wanted, by index; each at most once.
         label_smoothing: :math:`\varepsilon`, from 0 to 1.
+        sizes: how many rows each head has, where they differ: the rows of `logits: [R, V]` are
+            those of the first head, then those of the next. A head predicts as many of the N
+            targets as it has rows, the first ones, and the longest head all of them; pairs are
+            compared in the first M rows, as many as the shortest head has.
 
     Returns:
         The cross-entropies, `[C, N]`, and the divergences, `[P, N]`, in nats a row; both float32
-        (float64 for float64 logits).
+        (float64 for float64 logits). With `sizes`, `[R]` and `[P, M]`.
 
     Example:
         >>> ar = torch.zeros(1, 2)
@@ -75,23 +81,24 @@ def divergence_cross_entropy(
     """
     heads = (logits,) if isinstance(logits, Tensor) else tuple(logits)
     flat = [head for pair in pairs for head in pair]
+    settings = flat, label_smoothing, None if sizes is None else list(sizes)
     if torch.is_grad_enabled() and any(x.requires_grad for x in heads):
-        cross_entropy, divergence, _ = _Differentiable.apply(targets, flat, label_smoothing, *heads)
+        cross_entropy, divergence, _ = _Differentiable.apply(targets, settings, *heads)
     else:
-        cross_entropy, divergence, _ = _FORWARD.call(heads, targets, flat, label_smoothing)
+        cross_entropy, divergence, _ = _FORWARD.call(heads, targets, *settings)
     return cross_entropy, divergence
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(
-        targets: Tensor, pairs: list[int], label_smoothing: float, *logits: Tensor
+        targets: Tensor, settings: tuple[Any, ...], *logits: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _FORWARD.call(logits, targets, pairs, label_smoothing)
+        return _FORWARD.call(logits, targets, *settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        targets, ctx.pairs, ctx.label_smoothing, *logits = inputs
+        targets, ctx.settings, *logits = inputs
         ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(targets, output[2], *logits)
 
@@ -106,10 +113,64 @@ class _Differentiable(torch.autograd.Function):
             logits,
             targets,
             statistics,
-            ctx.pairs,
-            ctx.label_smoothing,
+            *ctx.settings,
         )
-        return (None, None, None, *grads)
+        return (None, None, *grads)
+
+
+# Heads `[N, V]`, their targets and the pairs among them, flat.
+Part = tuple[list[Tensor], Tensor, list[int]]
+Results = tuple[Tensor, Tensor, Tensor]
+
+
+def _parts(heads: list[Tensor], targets: Tensor, pairs: list[int]) -> list[Part]:
+    """What heads of different lengths are computed as: their first rows together, and what is left
+    of each that is longer."""
+    shared = min(len(head) for head in heads)
+    first = [head[:shared] for head in heads], targets[:shared], pairs
+    longer = [head for head in heads if len(head) > shared]
+    return [first, *(([head[shared:]], targets[shared : len(head)], []) for head in longer)]
+
+
+def _by_parts(
+    compute: Callable[[list[Tensor], Tensor, list[int]], Results],
+    logits: Sequence[Tensor],
+    targets: Tensor,
+    pairs: list[int],
+    sizes: list[int],
+) -> Results:
+    heads = list(logits[0].split(sizes))
+    results = [compute(*part) for part in _parts(heads, targets, pairs)]
+    (first, divergence, _), *rest = results
+    rows: list[Tensor] = []
+    for own, size in zip(first.unbind(), sizes, strict=True):
+        rows.append(own)
+        if size > len(own):
+            rows.append(rest.pop(0)[0][0])
+    return torch.cat(rows), divergence, torch.cat([part[2].flatten() for part in results])
+
+
+def _gradient_parts(
+    grad_cross_entropy: Tensor,
+    grad_divergence: Tensor,
+    statistics: Tensor,
+    parts: list[Part],
+    sizes: list[int],
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The gradients of the results of each part, and its statistics."""
+    shared = min(sizes)
+    own = grad_cross_entropy.split(sizes)
+    grads = [torch.stack([x[:shared] for x in own]), *(x[None, shared:] for x in own)]
+    grads = [grads[0], *(x for x in grads[1:] if x.shape[1] > 0)]
+    shapes = [(2 * len(x) + len(part[2]), x.shape[1]) for x, part in zip(grads, parts, strict=True)]
+    pieces = statistics.split([rows * width for rows, width in shapes])
+    nothing = [statistics.new_empty(0, width) for _, width in shapes[1:]]
+    return [
+        (grad, divergence, piece.view(shape))
+        for grad, divergence, piece, shape in zip(
+            grads, [grad_divergence, *nothing], pieces, shapes, strict=True
+        )
+    ]
 
 
 def _heads(logits: Sequence[Tensor]) -> list[Tensor]:
@@ -132,15 +193,21 @@ def _native(
     targets: Tensor,
     pairs: list[int],
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads = _readable(logits)
-    if not heads or heads[0].dim() != 2:
-        _check(Check("divergence_cross_entropy"), heads, targets, pairs, label_smoothing)
-    results = _fake(heads, targets, pairs, label_smoothing)
-    plan = extension.divergence_cross_entropy(heads, targets, pairs, label_smoothing, *results)
-    if plan is not None:
-        _nvrtc.launch(plan)
-    return results
+    sizes: list[int] | None = None,
+) -> Results:
+    def compute(heads: list[Tensor], targets: Tensor, pairs: list[int]) -> Results:
+        if not heads or heads[0].dim() != 2:
+            _check(Check(_NAME), heads, targets, pairs, label_smoothing)
+        results = _fake(heads, targets, pairs, label_smoothing)
+        plan = extension.divergence_cross_entropy(heads, targets, pairs, label_smoothing, *results)
+        if plan is not None:
+            _nvrtc.launch(plan)
+        return results
+
+    if sizes is None:
+        return compute(_readable(logits), targets, pairs)
+    _check_sizes(Check(_NAME), logits, targets, pairs, label_smoothing, sizes)
+    return _by_parts(compute, _readable(logits), targets, pairs, sizes)
 
 
 def _backward_native(
@@ -152,20 +219,24 @@ def _backward_native(
     statistics: Tensor,
     pairs: list[int],
     label_smoothing: float,
+    sizes: list[int] | None = None,
 ) -> list[Tensor]:
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in logits]
-    plan = extension.divergence_cross_entropy_backward(
-        grad_cross_entropy,
-        grad_divergence,
-        _readable(logits),
-        targets,
-        statistics.contiguous(),
-        pairs,
-        label_smoothing,
-        _heads(grads),
-    )
-    if plan is not None:
-        _nvrtc.launch(plan)
+    heads, grad_heads = _readable(logits), _heads(grads)
+    parts = [(heads, targets, pairs)]
+    results = [(grad_cross_entropy, grad_divergence, statistics)]
+    into = [grad_heads]
+    if sizes is not None:
+        parts = _parts(list(heads[0].split(sizes)), targets, pairs)
+        results = _gradient_parts(*results[0], parts, sizes)
+        into = [part[0] for part in _parts(list(grad_heads[0].split(sizes)), targets, pairs)]
+    for part, (grad, divergence, numbers), to in zip(parts, results, into, strict=True):
+        heads, targets, pairs = part
+        plan = extension.divergence_cross_entropy_backward(
+            grad, divergence, heads, targets, numbers.contiguous(), pairs, label_smoothing, to
+        )
+        if plan is not None:
+            _nvrtc.launch(plan)
     return grads
 
 
@@ -199,10 +270,43 @@ def _check(
         check.fail("label_smoothing", "be in [0, 1]", f"{smoothing:.6f}")
 
 
+def _check_sizes(
+    check: Check,
+    logits: Sequence[Tensor],
+    targets: Tensor,
+    pairs: list[int],
+    smoothing: float,
+    sizes: list[int],
+) -> None:
+    """All that is to be checked where heads have different lengths."""
+    if len(logits) != 1:
+        check.fail("logits", "be one tensor where there are `sizes`", f"{len(logits)} heads")
+    check.dims("logits", logits[0], 2, "[R, V] where there are `sizes`")
+    if not 1 <= len(sizes) <= MAX_HEADS:
+        check.fail("sizes", f"be those of 1 to {MAX_HEADS} heads", sizes)
+    if min(sizes) < 0 or sum(sizes) != logits[0].shape[0]:
+        check.fail("sizes", f"sum up to the rows of `logits`, {logits[0].shape[0]}", sizes)
+    check.shape("targets", targets, [max(sizes)], "the greatest of `sizes`")
+    shared = min(sizes)
+    heads = [head[:shared] for head in logits[0].split(sizes)]
+    _check(check, heads, targets[:shared], pairs, smoothing)
+
+
 def _reference(
-    logits: Sequence[Tensor], targets: Tensor, pairs: list[int], label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    check = Check("divergence_cross_entropy")
+    logits: Sequence[Tensor],
+    targets: Tensor,
+    pairs: list[int],
+    label_smoothing: float,
+    sizes: list[int] | None = None,
+) -> Results:
+    check = Check(_NAME)
+    if sizes is not None:
+        _check_sizes(check, logits, targets, pairs, label_smoothing, sizes)
+
+        def compute(heads: list[Tensor], targets: Tensor, pairs: list[int]) -> Results:
+            return _reference(heads, targets, pairs, label_smoothing)
+
+        return _by_parts(compute, logits, targets, pairs, sizes)
     _check(check, logits, targets, pairs, label_smoothing)
     heads = _heads(logits)
     if targets.device.type == "cpu":
@@ -220,8 +324,18 @@ def _in_twos(pairs: list[int]) -> list[tuple[int, int]]:
 
 
 def _fake(
-    logits: Sequence[Tensor], targets: Tensor, pairs: list[int], label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Sequence[Tensor],
+    targets: Tensor,
+    pairs: list[int],
+    label_smoothing: float,
+    sizes: list[int] | None = None,
+) -> Results:
+    if sizes is not None:
+
+        def compute(heads: list[Tensor], targets: Tensor, pairs: list[int]) -> Results:
+            return _fake(heads, targets, pairs, label_smoothing)
+
+        return _by_parts(compute, logits, targets, pairs, sizes)
     heads = _heads(logits)
     rows = heads[0].shape[0]
 
@@ -240,7 +354,22 @@ def _backward_reference(
     statistics: Tensor,
     pairs: list[int],
     label_smoothing: float,
+    sizes: list[int] | None = None,
 ) -> list[Tensor]:
+    if sizes is not None:
+        parts = _parts(list(logits[0].split(sizes)), targets, pairs)
+        results = (grad_cross_entropy, grad_divergence, statistics)
+        each = _gradient_parts(*results, parts, sizes)
+        first, *longer = (
+            _backward_reference(*result[:2], *part[:2], result[2], part[2], label_smoothing)
+            for part, result in zip(parts, each, strict=True)
+        )
+        grads = []
+        for head, size in zip(first, sizes, strict=True):
+            grads.append(head)
+            if size > len(head):
+                grads += longer.pop(0)
+        return [torch.cat(grads)]
     check = Check("divergence_cross_entropy_backward")
     _check(check, logits, targets, pairs, label_smoothing)
     heads = _heads(logits)
@@ -273,7 +402,7 @@ def _backward_fake(
 
 _FORWARD = Operator(
     "divergence_cross_entropy(Tensor[] logits, Tensor targets, int[] pairs, "
-    "float label_smoothing) -> (Tensor, Tensor, Tensor)",
+    "float label_smoothing, SymInt[]? sizes=None) -> (Tensor, Tensor, Tensor)",
     native=_native,
     reference=_reference,
     fake=_fake,
@@ -281,8 +410,8 @@ _FORWARD = Operator(
 
 _BACKWARD = Operator(
     "divergence_cross_entropy_backward(Tensor grad_cross_entropy, Tensor grad_divergence, "
-    "Tensor[] logits, Tensor targets, Tensor statistics, int[] pairs, float label_smoothing) "
-    "-> Tensor[]",
+    "Tensor[] logits, Tensor targets, Tensor statistics, int[] pairs, float label_smoothing, "
+    "SymInt[]? sizes=None) -> Tensor[]",
     native=_backward_native,
     reference=_backward_reference,
     fake=_backward_fake,

@@ -255,7 +255,10 @@ def test_an_update_waits_for_the_device_once(terms: tuple[str, ...]) -> None:
 
 def states(model: JANUS, batch: Batch, masked: torch.Tensor) -> dict[str, torch.Tensor]:
     example = model.example(batch, masked)
-    return model.states(example, model.encode_rows(example.source))
+    streams = example.streams
+    sizes = [len(rows) for rows in (streams.ar, streams.nar, streams.aux)]
+    every = model.states(example, model.encode_rows(example.source))
+    return dict(zip(("ar", "nar", "aux"), every.split(sizes), strict=True))
 
 
 @both_norms

@@ -301,6 +301,28 @@ def test_one_tensor_equals_its_heads(device: torch.device) -> None:
     torch.testing.assert_close(results[0], results[2], rtol=0, atol=0)
 
 
+SIZES = [([7], []), ([5, 5, 5], all_pairs(3)), ([9, 4, 4], all_pairs(3)), ([4, 9, 6], [(2, 0)])]
+SIZES += [([0, 3], [(0, 1)]), ([3, 0, 0], []), ([0], [])]
+
+
+@pytest.mark.parametrize(("sizes", "pairs"), SIZES, ids=str)
+def test_heads_of_different_lengths(sizes: list[int], pairs: Pairs, device: torch.device) -> None:
+    (logits,) = make_logits(1, sum(sizes), 130, torch.float64, device)
+    logits.requires_grad_()
+    targets = make_targets(max(sizes), 130, device)
+    got = divergence_cross_entropy(logits, targets, pairs, label_smoothing=0.1, sizes=sizes)
+    shared = min(sizes)
+    heads = logits.split(sizes)
+    alone = [compose((head,), targets[: len(head)], [], 0.1)[0][0] for head in heads]
+    compared = compose(tuple(head[:shared] for head in heads), targets[:shared], pairs, 0.1)[1]
+    want = torch.cat(alone), compared
+    torch.testing.assert_close(got, want)
+    factors = [torch.randn_like(x) for x in want]
+    count = 2 if pairs else 1
+    grads = [torch.autograd.grad(x[:count], logits, factors[:count]) for x in (got, want)]
+    torch.testing.assert_close(*grads)
+
+
 def test_strided_logits_equal_their_copies(device: torch.device) -> None:
     wide = make_logits(3, 6, 140, device=device)
     targets = make_targets(6, 130, device)
@@ -385,13 +407,14 @@ def test_no_rows(pairs: Pairs, device: torch.device) -> None:
 def test_registered_rightly(device: torch.device) -> None:
     heads = list(make_logits(3, 4, 33, device=device))
     targets = make_targets(4, 33, device)
-    for logits in (heads, [torch.stack(heads)]):
-        arguments = (logits, targets, [0, 1, 2, 1], 0.1)
+    for logits, sizes in ((heads, None), ([torch.stack(heads)], None), ([heads[0]], [2, 1, 1])):
+        settings = ([0, 1, 2, 1], 0.1, sizes)
+        arguments = (logits, targets if sizes is None else targets[:2], *settings)
         torch.library.opcheck(torch.ops.pynar.divergence_cross_entropy.default, arguments)
         results = torch.ops.pynar.divergence_cross_entropy(*arguments)
         torch.library.opcheck(
             torch.ops.pynar.divergence_cross_entropy_backward.default,
-            (results[0], results[1], logits, targets, results[2], [0, 1, 2, 1], 0.1),
+            (results[0], results[1], *arguments[:2], results[2], *settings),
         )
 
 
@@ -459,6 +482,34 @@ REJECTED: list[tuple[dict[str, Any], str]] = [
     ({"pairs": [(1, 1)]}, "`pairs` must be of two different heads in [0, 2), got (1, 1)"),
     ({"pairs": [(0, 1), (1, 0)]}, "`pairs` must have each pair once, got (1, 0) again"),
     ({"label_smoothing": 1.5}, "`label_smoothing` must be in [0, 1], got 1.500000"),
+    (
+        {"sizes": [3, 3]},
+        "`logits` must be one tensor where there are `sizes`, got 2 heads",
+    ),
+    (
+        {"logits": torch.zeros(2, 3, 8), "sizes": [3, 3]},
+        "`logits` must have 2 dimensions [R, V] where there are `sizes`, got shape [2, 3, 8]",
+    ),
+    (
+        {"logits": torch.zeros(6, 8), "sizes": []},
+        "`sizes` must be those of 1 to 4 heads, got []",
+    ),
+    (
+        {"logits": torch.zeros(6, 8), "sizes": [3, 4]},
+        "`sizes` must sum up to the rows of `logits`, 6, got [3, 4]",
+    ),
+    (
+        {"logits": torch.zeros(6, 8), "sizes": [7, -1]},
+        "`sizes` must sum up to the rows of `logits`, 6, got [7, -1]",
+    ),
+    (
+        {"logits": torch.zeros(6, 8), "sizes": [2, 4]},
+        "`targets` must have shape [4] (the greatest of `sizes`), got [3]",
+    ),
+    (
+        {"logits": torch.zeros(6, 8), "sizes": [3, 3], "pairs": [(0, 2)]},
+        "`pairs` must be of two different heads in [0, 2), got (0, 2)",
+    ),
 ]
 
 
