@@ -231,14 +231,6 @@ class BlockAttention {
     }
   }
 
-  static bool is_finite(const A* x, int64_t count) {
-    Vector zero = Vector::broadcast(0);
-    for (int64_t c = 0; c < count; c += Vector::kLanes) {
-      zero = multiply_add(Vector::load(x + c), Vector::broadcast(0), zero);
-    }
-    return reduce_add(zero) == 0;
-  }
-
   const A* k_;  // where they are not packed
   const A* v_;
   int64_t k_stride_, v_stride_;

@@ -151,7 +151,7 @@ class BlockGradients {
   void run_block(const RowBlock& block, int64_t first, int64_t rows, const float* masks,
                  double scale, const A* lse, const A* mean) {
     with_rows(rows, [&](auto count) {
-      run_rows<decltype(count)::value>(block, first, masks, scale, lse, mean);
+      run_rows<decltype(count)::value>(block, first, rows, masks, scale, lse, mean);
     });
   }
 
@@ -174,8 +174,8 @@ class BlockGradients {
 
  private:
   template <int kRows>
-  void run_rows(const RowBlock& block, int64_t first, const float* masks, double scale,
-                const A* lse, const A* mean) {
+  void run_rows(const RowBlock& block, int64_t first, int64_t rows, const float* masks,
+                double scale, const A* lse, const A* mean) {
     if constexpr (kOneOrder) {
       scores_ = weights_ + first * stride_;
       grad_weights_ = block_grad_scores_ = grad_scores_ + first * stride_;
@@ -190,6 +190,14 @@ class BlockGradients {
     weighted_panels<kRows>(static_cast<const O*>(block_grad_scores_), stride_,
                            static_cast<const O*>(keys_), positions_, block.runs.begin(),
                            block.runs.end(), width_, grad_q_, width_);
+    // As in the forward pass.
+    if ((kOneOrder && !block.mixed) || is_finite(grad_q_, rows * width_)) return;
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto runs = joined(block.seen[r]);
+      weighted_panels<1, true>(static_cast<const O*>(block_grad_scores_ + r * stride_), stride_,
+                               static_cast<const O*>(keys_), positions_, runs.begin(), runs.end(),
+                               width_, grad_q_ + r * width_, width_);
+    }
   }
 
   // Turns scores into weights, and gradients of weights into those of scores.

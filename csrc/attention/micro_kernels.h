@@ -486,6 +486,16 @@ inline void add_weighted_rows(const O* weights, int64_t weights_stride, const O*
   }
 }
 
+// Of `count` numbers, whole vectors.
+template <typename A>
+inline bool is_finite(const A* x, int64_t count) {
+  Simd<A> zero = Simd<A>::broadcast(0);
+  for (int64_t c = 0; c < count; c += Simd<A>::kLanes) {
+    zero = multiply_add(Simd<A>::load(x + c), Simd<A>::broadcast(0), zero);
+  }
+  return reduce_add(zero) == 0;
+}
+
 // x * factor in the storage type, `dim` channels.
 template <typename T, typename A>
 inline void store_scaled(const A* x, A factor, int64_t dim, T* out) {

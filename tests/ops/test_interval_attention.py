@@ -509,8 +509,30 @@ def test_gradcheck(form: str, device: torch.device) -> None:
     )
 
 
-def test_what_is_not_seen_gets_no_gradient(device: torch.device) -> None:
-    q, k, v, intervals = make_arguments(2, 2, 9, 20, 8, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_key_that_a_query_does_not_see_leaves_its_gradient_alone(
+    level: str, dtype: torch.dtype, extension: Any
+) -> None:
+    if level not in extension.simd_levels():
+        pytest.skip(f"{level} cannot run here")
+    extension.set_simd_level(level)
+    for kind in KINDS:
+        q, k, v, intervals = make_arguments(1, 2, 37, 50, 24, count=2, kind=kind, dtype=dtype)
+        k, v = k.nan_to_num(), v.nan_to_num()
+        grad_out = torch.randn(q.shape).to(dtype)
+        want = gradients(interval_attention, (q, k, v, intervals), grad_out)[0]
+        for j in (0, 20, 49):
+            bad = k.clone()
+            bad[:, :, j] = torch.nan
+            got = gradients(interval_attention, (q, bad, v, intervals), grad_out)[0]
+            blind = ~reference.interval_mask(intervals, 50)[0, :, j]
+            assert_identical((got[:, :, blind],), (want[:, :, blind],))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_seen_gets_no_gradient(dtype: torch.dtype, device: torch.device) -> None:
+    q, k, v, intervals = make_arguments(2, 2, 9, 20, 8, dtype=dtype, device=device)
     intervals[:, 2:4] = 5
     k, v = torch.randn_like(k), torch.randn_like(v)
     poison_unseen(k, v, intervals)
