@@ -250,14 +250,35 @@ def _parameters(channels: int, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-# How an operator is called on states, their lengths, and parameters; states read and written.
-SINGLE: dict[str, tuple[Callable[..., Any], int]] = {
-    name: (function, moved)
-    for name, function, moved in (
-        ("actnorm", lambda m, x, n, s, b, w: m.actnorm(x, n, s, b), 2),
-        ("head_linear", lambda m, x, n, s, b, w: m.head_linear(x, n, w), 2),
-        ("affine_coupling", lambda m, x, n, s, b, w: m.affine_coupling(x, n, x, x), 2),
-    )
+def _squeeze_split(m: Any, x: Tensor, n: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    half = x.shape[2] // 2
+    return m.squeeze_split(x, n, half)[:2] if m is ops else m.squeeze(x, n, 2, half)
+
+
+def _unsqueeze(m: Any, x: Tensor, n: Tensor, *_: Tensor) -> tuple[Tensor]:
+    if m is ops:
+        return (m.unsqueeze(x, 2 * n),)
+    nothing = x.new_empty(x.shape[0], 2 * x.shape[1], 0)
+    return (m.unsqueeze(x, nothing, 2 * n, 2, 2 * x.shape[1]),)
+
+
+# How an operator is called on states, their lengths, and parameters.
+SINGLE: dict[str, Callable[..., Any]] = {
+    "actnorm": lambda m, x, n, s, b, w: m.actnorm(x, n, s, b),
+    "head_linear": lambda m, x, n, s, b, w: m.head_linear(x, n, w),
+    "affine_coupling": lambda m, x, n, s, b, w: m.affine_coupling(x, n, x, x),
+    "actnorm, inverse": lambda m, x, n, s, b, w: m.actnorm(x, n, s, b, inverse=True),
+    "head_linear, inverse": lambda m, x, n, s, b, w: m.head_linear(x, n, w, inverse=True),
+    "affine_coupling, inverse": lambda m, x, n, s, b, w: m.affine_coupling(
+        x, n, x, x, inverse=True
+    ),
+    "squeeze_split": _squeeze_split,
+    "unsqueeze": _unsqueeze,
+}
+# What each library has. There is no linear map by any invertible matrix in zuko.
+IN_LIBRARIES = {
+    "normflows": ("actnorm", "head_linear", "affine_coupling"),
+    "zuko": ("actnorm", "affine_coupling"),
 }
 
 
@@ -266,13 +287,28 @@ CASES = [
     (operator, dtype, implementation)
     for operator in SINGLE
     for dtype in (torch.float32, torch.bfloat16)
-    for implementation in ("pynar", "reference", "compiled reference", "normflows", "zuko")
-    if (dtype, implementation) not in [(torch.bfloat16, "normflows"), (torch.bfloat16, "zuko")]
-    and (operator, implementation) != ("head_linear", "zuko")
+    for implementation in ("pynar", "reference", "compiled reference", *IN_LIBRARIES)
+    if implementation not in IN_LIBRARIES
+    or (dtype == torch.float32 and operator in IN_LIBRARIES[implementation])
 ]
 
 
+def _gradients(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """By states and parameters, of the sum of all results."""
+
+    def run(x: Tensor, lengths: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (x, *parameters)]
+            results = function(leaves[0], lengths, *leaves[1:])
+            ones = [torch.ones_like(t) for t in results]
+            grads = torch.autograd.grad(results, leaves, ones, allow_unused=True)
+            return tuple(grad for grad in grads if grad is not None)
+
+    return run
+
+
 @pytest.mark.parametrize(("operator", "dtype", "implementation"), CASES, ids=str)
+@pytest.mark.parametrize("direction", ["forward", pytest.param("both", marks=GRID)])
 @pytest.mark.parametrize("batch", [1, 64, pytest.param(2048, marks=GRID)], ids=lambda b: f"B{b}")
 @pytest.mark.parametrize("device", DEVICES)
 def test_one_operator(
@@ -280,6 +316,7 @@ def test_one_operator(
     device: str,
     operator: str,
     batch: int,
+    direction: str,
     dtype: torch.dtype,
     implementation: str,
 ) -> None:
@@ -289,7 +326,7 @@ def test_one_operator(
     x = torch.randn(batch, steps, channels, generator=generator).to(place, dtype)
     lengths = torch.full((batch,), steps, device=place)
     parameters = [t.to(place) for t in _parameters(channels, generator).values()]
-    call, moved = SINGLE[operator]
+    call = SINGLE[operator]
     ours, defined = (lambda *a, m=module: call(m, *a) for module in (ops, reference))
     case = Case(
         operator=operator,
@@ -297,8 +334,10 @@ def test_one_operator(
         dtype=dtype,
         device=place,
         arguments=(x, lengths, *parameters),
-        reference=defined,
-        bytes_moved=moved * x.numel() * x.element_size(),
+        reference=_gradients(defined) if direction == "both" else defined,
+        # States are read and written, and so are their gradients.
+        bytes_moved=(4 if direction == "both" else 2) * x.numel() * x.element_size(),
+        direction=direction,
         # Log-determinants are sums of thousands of terms.
         limits={"rtol": 1e-3 if dtype == torch.float32 else 1.6e-2, "atol": 2e-2},
     )
@@ -310,4 +349,4 @@ def test_one_operator(
         **dict.fromkeys(peers, lambda: lambda *a: call(peer, *a)),
     }
     function = functions.get(implementation, lambda: compiled(defined))()
-    run_case(case, implementation, function)
+    run_case(case, implementation, _gradients(function) if direction == "both" else function)
