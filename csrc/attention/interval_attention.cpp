@@ -67,6 +67,8 @@ PYNAR_DECLARE_KERNEL(template <typename T>
 
 #ifdef PYNAR_ISA
 
+#include <type_traits>
+
 #include "attention/micro_kernels.h"
 
 namespace pynar::PYNAR_ISA {
@@ -134,19 +136,20 @@ class BlockAttention {
   O* q() const { return q_; }
   const A* sums() const { return sums_; }
 
-  // For q() of padded_rows(rows): sums() of the values by exp2(score - max), with the maximum and
+  // For padded_rows(rows) queries: sums() of the values by exp2(score - max), with the maximum and
   // the sum of the weights of each row.
-  void run(const RowBlock& block, int64_t rows, const float* masks, A scale, A* max, A* total) {
+  void run(const RowBlock& block, const O* q, int64_t q_stride, int64_t rows, const float* masks,
+           A scale, A* max, A* total) {
     with_rows(rows, [&](auto count) {
-      run_rows<decltype(count)::value>(block, rows, masks, scale, max, total);
+      run_rows<decltype(count)::value>(block, q, q_stride, rows, masks, scale, max, total);
     });
   }
 
  private:
   template <int kRows>
-  void run_rows(const RowBlock& block, int64_t rows, const float* masks, A scale, A* max,
-                A* total) {
-    score<kRows>(block, scale);
+  void run_rows(const RowBlock& block, const O* q, int64_t q_stride, int64_t rows,
+                const float* masks, A scale, A* max, A* total) {
+    score<kRows>(block, q, q_stride, scale);
     exponentiate<kRows>(block, masks, max);
     sum<kRows>(0, block.runs.begin(), block.runs.end());
     if (!block.mixed) {
@@ -167,18 +170,17 @@ class BlockAttention {
   }
 
   template <int kRows>
-  void score(const RowBlock& block, A scale) {
+  void score(const RowBlock& block, const O* q, int64_t q_stride, A scale) {
     if (packed_) {
-      score_groups<kRows>(block.groups, static_cast<const O*>(q_), width_,
-                          static_cast<const O*>(packed_keys_), dim_, scale, scores_, stride_);
+      score_groups<kRows>(block.groups, q, q_stride, static_cast<const O*>(packed_keys_), dim_,
+                          scale, scores_, stride_);
       return;
     }
     if constexpr (kInPlace) {
       for (const Range& groups : block.groups) {
         for (int64_t g = groups.begin; g < groups.end; ++g) {
-          score_direct<kRows>(static_cast<const A*>(q_), width_,
-                              GroupRows<A>(k_, k_stride_, keys_ + g * kKeyGroup), dim_, scale,
-                              scores_ + g * kKeyGroup, stride_);
+          score_direct<kRows>(q, q_stride, GroupRows<A>(k_, k_stride_, keys_ + g * kKeyGroup), dim_,
+                              scale, scores_ + g * kKeyGroup, stride_);
         }
       }
     }
@@ -286,12 +288,28 @@ class Attend {
   void run_block(const AttentionTile<T>& tile, const RowBlock& block, int64_t first, int64_t rows) {
     T* out = tile.out + first * tile.out_stride;
     for (int64_t r = 0; r < rows; ++r) prefetch_output(out + r * tile.out_stride, k_.dim);
-    pack_rows(tile.q + first * tile.q_stride, tile.q_stride, rows, padded_rows(rows), k_.dim,
-              blocks_.q(), blocks_.width());
+    const T* rows_of_q = tile.q + first * tile.q_stride;
+    const O* q = blocks_.q();
+    int64_t q_stride = blocks_.width();
+    bool as_they_are = false;
+    if constexpr (std::is_same_v<T, O>) {
+      // Whole blocks of whole factors.
+      if (rows == padded_rows(rows) && k_.dim % kPer<O> == 0) {
+        q = rows_of_q;
+        q_stride = tile.q_stride;
+        as_they_are = true;
+      }
+    }
+    if (!as_they_are) {
+      pack_rows(rows_of_q, tile.q_stride, rows, padded_rows(rows), k_.dim, blocks_.q(), q_stride);
+    }
     A max[kBlockRows];
     A total[kBlockRows];
-    blocks_.run(block, rows, tile.masks, static_cast<A>(tile.scale * 1.4426950408889634), max,
-                total);
+    blocks_.run(block, q, q_stride, rows, tile.masks,
+                static_cast<A>(tile.scale * 1.4426950408889634), max, total);
+    for (int64_t r = 0; r < kBlockRows; ++r) {
+      prefetch_row(rows_of_q + (kBlockRows + r) * tile.q_stride, k_.dim);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const bool sees = block.seen[r].count > 0;
       store_scaled(blocks_.sums() + r * blocks_.width(), sees ? A(1) / total[r] : A(0), k_.dim,

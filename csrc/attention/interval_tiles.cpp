@@ -3,10 +3,6 @@
 #include <algorithm>
 #include <string>
 
-// It lays out masks, in loops; unlike an option of the compiler's this leaves the headers, which
-// are precompiled at another level, as they are.
-#pragma GCC optimize("O2")
-
 namespace pynar {
 namespace {
 

@@ -29,9 +29,6 @@
 #include "linear/layer.h"
 #include "linear/packed_linear.h"
 
-// It copies rows; see csrc/attention/interval_tiles.cpp.
-#pragma GCC optimize("O3")
-
 namespace pynar {
 namespace {
 
