@@ -222,6 +222,10 @@ class Streams:
         content = torch.arange(self.content_width) < (lengths + masked)[:, None]
         query = torch.arange(self.query_width) < masked[:, None]
         self.content, self.query = content.to(device), query.to(device)
+        # Of the packed rows in the padded ones.
+        self.rows = [x.flatten().nonzero()[:, 0] for x in (self.content, self.query)]
+        # Pairs of a query and a key that it sees: each sees a whole sentence, masked or true.
+        self.pairs = int(((lengths + 2 * masked) * lengths).sum())
 
     def intervals(self) -> tuple[Tensor, Tensor]:
         n, b = self.lengths, self.masked
@@ -233,8 +237,8 @@ class Streams:
     def packed_intervals(self) -> Tensor:
         rows = self.lengths + self.masked
         first = (rows.cumsum(0) - rows).int()[:, None, None, None]
-        content, query = self.intervals()
-        return torch.cat([(content + first)[self.content], (query + first)[self.query]])
+        each = zip(self.intervals(), self.rows, strict=True)
+        return torch.cat([(x + first).flatten(0, 1).index_select(0, rows) for x, rows in each])
 
     def pad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`[N, H, D] -> [B, H, T, D]` for each stream."""
@@ -389,7 +393,6 @@ def test_two_streams(
         "flex": lambda: _streams_by_flex(streams, keep=False),
         "flex, masks kept": lambda: _streams_by_flex(streams, keep=True),
     }[implementation]()
-    pairs = int(((streams.lengths + 2 * streams.masked) * streams.lengths).sum())
     result = tuple(x.to(dtype) for x in want)
     case = Case(
         operator="interval_attention",
@@ -400,10 +403,76 @@ def test_two_streams(
         reference=lambda *_: result if len(result) > 1 else result[0],
         bytes_moved=sum(t.numel() * t.element_size() for t in (q, q, k, v)) * (2 if both else 1),
         direction=direction,
-        flops=4 * pairs * HEADS * DIM * 7 // 2 if both else 4 * pairs * HEADS * DIM,
+        flops=4 * streams.pairs * HEADS * DIM * 7 // 2 if both else 4 * streams.pairs * HEADS * DIM,
         graph=False,
     )
     own = _streams_by_us(streams, padded=False)
     ours = (_gradients(own), (q, k, v, grad_out)) if both else (own, (q, k, v))
     turns = None if implementation == "pynar" else ("pynar", lambda *_: ours[0](*ours[1]))
     run_case(case, implementation, _gradients(attend) if both else attend, turns)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.bmm(torch.bmm(q, k.mT), v)
+
+
+def _all_products(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
+    """Those of the forward pass, and of a backward pass that makes the scores again."""
+    out = _products(q, k, v)
+    scores, grad_scores = torch.bmm(q, k.mT), torch.bmm(grad_out, v.mT)
+    grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q)
+    return out, grad_q, grad_k, torch.bmm(scores.mT, grad_out)
+
+
+@pytest.mark.parametrize("implementation", ["torch.bmm"])
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=GRID)], ids=str
+)
+@pytest.mark.parametrize("longest", [64, pytest.param(128, marks=GRID)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_products(
+    run_case: Callable[..., None],
+    device: str,
+    longest: int,
+    dtype: torch.dtype,
+    direction: str,
+    implementation: str,
+) -> None:
+    """Attention's products alone, by PyTorch, of as many pairs as two streams see, not more.
+
+    In turns with all of interval attention: no mask, no softmax, dense and contiguous operands.
+    """
+    place = device_or_skip(device)
+    streams = Streams(32, longest, False, place)
+    generator = torch.Generator().manual_seed(1)
+    keys, rows = int(streams.content.sum()), int(streams.content.sum() + streams.query.sum())
+    q, k, v, grad_out = (
+        torch.randn(count, HEADS, DIM, generator=generator).to(place, dtype)
+        for count in (rows, keys, keys, rows)
+    )
+    queries = rows // 32
+    seen = round(streams.pairs / (32 * queries))
+    dense = [
+        torch.randn(32 * HEADS, count, DIM, generator=generator).to(place, dtype)
+        for count in (queries, seen, seen, queries)
+    ]
+    both = direction == "both"
+    products: Callable[..., Any] = _all_products if both else _products
+    arguments = tuple(dense if both else dense[:3])
+    expected = products(*arguments)
+    case = Case(
+        operator="products of two streams",
+        shape=f"B=32,L={longest}",
+        dtype=dtype,
+        device=place,
+        arguments=arguments,
+        reference=lambda *_: expected,
+        bytes_moved=sum(t.numel() * t.element_size() for t in (q, q, k, v)) * (2 if both else 1),
+        direction=direction,
+        flops=4 * 32 * queries * seen * HEADS * DIM * (7 if both else 2) // 2,
+        graph=False,
+    )
+    own = _streams_by_us(streams, padded=False)
+    ours = (_gradients(own), (q, k, v, grad_out)) if both else (own, (q, k, v))
+    run_case(case, implementation, products, ("pynar", lambda *_: ours[0](*ours[1])))
