@@ -91,9 +91,13 @@ struct Place {
 // The steps that are no padding.
 template <typename T>
 std::vector<Place> live_steps(const FlowLinearParams<T>& p) {
-  std::vector<Place> places;
+  int64_t total = 0;
+  for (int64_t b = 0; b < p.batch; ++b) total += p.lengths[b * p.lengths_stride];
+  std::vector<Place> places(total);
+  Place* place = places.data();
   for (int64_t b = 0; b < p.batch; ++b) {
-    for (int64_t t = 0; t < p.lengths[b * p.lengths_stride]; ++t) places.push_back({b, t});
+    const int64_t length = p.lengths[b * p.lengths_stride];
+    for (int64_t t = 0; t < length; ++t) *place++ = {b, t};
   }
   return places;
 }
