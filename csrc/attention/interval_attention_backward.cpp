@@ -186,7 +186,7 @@ class BlockGradients {
     score_groups<kRows>(block.groups, static_cast<const O*>(grad_out_ + first * width_), width_,
                         static_cast<const O*>(transposed_values_), dim_, A(1), grad_weights_,
                         stride_);
-    finish_scores<kRows>(block, first, masks, static_cast<A>(scale), lse, mean);
+    finish_scores<kRows>(block, first, rows, masks, static_cast<A>(scale), lse, mean);
     weighted_panels<kRows>(static_cast<const O*>(block_grad_scores_), stride_,
                            static_cast<const O*>(keys_), positions_, block.runs.begin(),
                            block.runs.end(), width_, grad_q_, width_);
@@ -202,8 +202,8 @@ class BlockGradients {
 
   // Turns scores into weights, and gradients of weights into those of scores.
   template <int kRows>
-  void finish_scores(const RowBlock& block, int64_t first, const float* masks, A by, const A* lse,
-                     const A* mean) {
+  void finish_scores(const RowBlock& block, int64_t first, [[maybe_unused]] int64_t rows,
+                     const float* masks, A by, const A* lse, const A* mean) {
     A offset[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) offset[r] = lse[r] * kLog2E<A>;
@@ -232,7 +232,8 @@ class BlockGradients {
           Vector weight[2] = {zero, zero};
           Vector grad_score[2] = {zero, zero};
           for (int i = 0; i < 2 && r + i < kRows; ++i) {
-            finish(r + i, weight[i], grad_score[i]);
+            // A pair's second row may be none. What is made up for it could be NaN.
+            if (r + i < rows) finish(r + i, weight[i], grad_score[i]);
             store_factors(grad_score[i], block_grad_scores_ + (r + i) * stride_ + j);
           }
           const int64_t to = (first + r) * stride_ + 2 * j;

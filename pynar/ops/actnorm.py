@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pynar import reference
 from pynar.ops import _nvrtc
@@ -65,6 +66,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, lengths, log_scale, bias = ctx.saved_tensors
         grads = _BACKWARD.call(grad_y, x, lengths, log_scale, bias, ctx.inverse)

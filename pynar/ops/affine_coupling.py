@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pynar import reference
 from pynar.ops import _nvrtc
@@ -64,6 +65,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(output[0] if ctx.inverse else z, raw_scale, lengths)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
         grad_z, grad_shift, grad_raw_scale = _BACKWARD.call(
             grad_y, grad_logdet, *ctx.saved_tensors, ctx.inverse

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pynar import reference
 from pynar.ops import _nvrtc
@@ -52,6 +53,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(output[1])
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad_logdet: Tensor | None, grad_inverse: Tensor | None
     ) -> Tensor | None:

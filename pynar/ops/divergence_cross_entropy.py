@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pynar import reference
 from pynar.ops import _nvrtc
@@ -81,6 +82,8 @@ def divergence_cross_entropy(
     """
     heads = (logits,) if isinstance(logits, Tensor) else tuple(logits)
     flat = [head for pair in pairs for head in pair]
+    if sizes is not None and not isinstance(sizes, Sequence):
+        Check(_NAME).fail("sizes", "be a sequence of numbers", f"{sizes!r}")
     settings = flat, label_smoothing, None if sizes is None else list(sizes)
     if torch.is_grad_enabled() and any(x.requires_grad for x in heads):
         cross_entropy, divergence, _ = _Differentiable.apply(targets, settings, *heads)
@@ -103,6 +106,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(targets, output[2], *logits)
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, grad_cross_entropy: Tensor, grad_divergence: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
@@ -126,10 +130,11 @@ Results = tuple[Tensor, Tensor, Tensor]
 def _parts(heads: list[Tensor], targets: Tensor, pairs: list[int]) -> list[Part]:
     """What heads of different lengths are computed as: their first rows together, and what is left
     of each that is longer."""
-    shared = min(len(head) for head in heads)
+    # Not len(), which would make a number of what is a symbol to the compiler.
+    shared = min(head.shape[0] for head in heads)
     first = [head[:shared] for head in heads], targets[:shared], pairs
-    longer = [head for head in heads if len(head) > shared]
-    return [first, *(([head[shared:]], targets[shared : len(head)], []) for head in longer)]
+    longer = [head for head in heads if head.shape[0] > shared]
+    return [first, *(([head[shared:]], targets[shared : head.shape[0]], []) for head in longer)]
 
 
 def _by_parts(
@@ -145,7 +150,7 @@ def _by_parts(
     rows: list[Tensor] = []
     for own, size in zip(first.unbind(), sizes, strict=True):
         rows.append(own)
-        if size > len(own):
+        if size > own.shape[0]:
             rows.append(rest.pop(0)[0][0])
     return torch.cat(rows), divergence, torch.cat([part[2].flatten() for part in results])
 
@@ -184,7 +189,11 @@ def _accumulation(logits: Sequence[Tensor]) -> torch.dtype:
 
 
 def _readable(logits: Sequence[Tensor]) -> list[Tensor]:
-    return [x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous() for x in _heads(logits)]
+    # Unlike contiguous(), clone() gives empty tensors new strides, too.
+    return [
+        x if x.dim() == 0 or x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+        for x in _heads(logits)
+    ]
 
 
 def _native(
@@ -259,6 +268,8 @@ def _check(
     check.shape("targets", targets, [rows], "rows of `logits[0]`")
     check.dtype("targets", targets, (torch.int64,))
     check.device("targets", targets, "logits[0]", heads[0])
+    if len(pairs) % 2 != 0:
+        check.fail("pairs", "be in twos", len(pairs))
     seen: set[frozenset[int]] = set()
     for pair in zip(pairs[::2], pairs[1::2], strict=True):
         if pair[0] == pair[1] or not all(0 <= head < len(heads) for head in pair):
@@ -290,6 +301,17 @@ def _check_sizes(
     shared = min(sizes)
     heads = [head[:shared] for head in logits[0].split(sizes)]
     _check(check, heads, targets[:shared], pairs, smoothing)
+    # Here, since a part counts rows from where it begins.
+    _check_targets(check, targets, logits[0].shape[1])
+
+
+def _check_targets(check: Check, targets: Tensor, vocabulary: int) -> None:
+    if targets.device.type != "cpu":
+        return
+    wrong = (targets < 0) | (targets >= vocabulary)
+    for row in wrong.nonzero()[:1, 0].tolist():
+        got = f"{int(targets[row])} (row {row})"
+        check.fail("targets", f"have values in [0, {vocabulary})", got)
 
 
 def _reference(
@@ -309,11 +331,7 @@ def _reference(
         return _by_parts(compute, logits, targets, pairs, sizes)
     _check(check, logits, targets, pairs, label_smoothing)
     heads = _heads(logits)
-    if targets.device.type == "cpu":
-        wrong = (targets < 0) | (targets >= heads[0].shape[1])
-        for row in wrong.nonzero()[:1, 0].tolist():
-            got = f"{int(targets[row])} (row {row})"
-            check.fail("targets", f"have values in [0, {heads[0].shape[1]})", got)
+    _check_targets(check, targets, heads[0].shape[1])
     return reference.divergence_cross_entropy(
         heads, targets, _in_twos(pairs), label_smoothing=label_smoothing
     )

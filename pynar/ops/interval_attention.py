@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pynar import reference
 from pynar.ops import _nvrtc
@@ -88,6 +89,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, intervals, *output)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * 5

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pynar import reference
 from pynar.ops import _nvrtc
@@ -122,6 +123,7 @@ class _Squeeze(torch.autograd.Function):
         ctx.save_for_backward(lengths)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_dropped: Tensor) -> tuple[Tensor | None, ...]:
         (lengths,) = ctx.saved_tensors
         grad_x = _UNSQUEEZE.call(
@@ -144,6 +146,7 @@ class _Unsqueeze(torch.autograd.Function):
         ctx.save_for_backward(lengths)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         (lengths,) = ctx.saved_tensors
         grad_y, grad_dropped = _SQUEEZE.call(grad_x, lengths, ctx.factor, ctx.kept)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from pynar import reference
 from pynar.ops import divergence_cross_entropy
@@ -437,6 +438,37 @@ def test_compiles_into_one_graph(device: torch.device) -> None:
     )
 
 
+def test_compiles_once_for_heads_of_all_lengths(device: torch.device) -> None:
+    counter = CompileCounter()
+
+    def losses(logits: Tensor, targets: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        sizes = [first.shape[0], second.shape[0]]
+        cross_entropy, divergence = divergence_cross_entropy(logits, targets, [(0, 1)], sizes=sizes)
+        return cross_entropy.sum() + divergence.sum()
+
+    compiled = torch.compile(losses, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (5, 7, 8, 11):
+        (logits,) = make_logits(1, 2 * rows + 2, 16, device=device)
+        arguments = make_targets(rows + 2, 16, device), torch.ones(rows + 2), torch.ones(rows)
+        torch.testing.assert_close(compiled(logits, *arguments), losses(logits, *arguments))
+    assert counter.frame_count == 1
+
+
+def test_second_derivatives_are_refused(device: torch.device) -> None:
+    (logits,) = make_logits(1, 3, 8, device=device)
+    logits.requires_grad_()
+    cross_entropy, _ = divergence_cross_entropy((logits,), make_targets(3, 8, device))
+    (grad,) = torch.autograd.grad(cross_entropy.pow(2).sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_no_rows_of_strided_logits(device: torch.device) -> None:
+    logits = torch.zeros(0, 16, device=device)[:, ::2]
+    cross_entropy, _ = divergence_cross_entropy(logits, make_targets(0, 8, device), sizes=[0])
+    assert cross_entropy.shape == (0,)
+
+
 def test_arguments_are_left_alone(device: torch.device) -> None:
     heads = make_logits(3, 4, 130, device=device)
     copies = tuple(x.clone() for x in heads)
@@ -510,6 +542,16 @@ REJECTED: list[tuple[dict[str, Any], str]] = [
         {"logits": torch.zeros(6, 8), "sizes": [3, 3], "pairs": [(0, 2)]},
         "`pairs` must be of two different heads in [0, 2), got (0, 2)",
     ),
+    (
+        {"logits": torch.zeros(6, 8), "sizes": [4, 2], "targets": torch.tensor([0, 1, 2, 8])},
+        "`targets` must have values in [0, 8), got 8 (row 3)",
+    ),
+    ({"logits": torch.zeros(6, 8), "sizes": 6}, "`sizes` must be a sequence of numbers, got 6"),
+    (
+        {"logits": torch.zeros(6, 8), "sizes": [3, 3], "pairs": [(0,)]},
+        "`pairs` must be in twos, got 1",
+    ),
+    ({"pairs": [(0,)]}, "`pairs` must be in twos, got 1"),
 ]
 
 

@@ -408,6 +408,27 @@ def test_keys_that_a_query_does_not_see_have_no_influence(
                 )
 
 
+@pytest.mark.parametrize("queries", range(1, 8))
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_infinite_key_of_no_weight_has_finite_gradients(
+    level: str, queries: int, extension: Any
+) -> None:
+    """Blocks are filled up with queries of zeros, whose products with infinities are NaN."""
+    if level not in extension.simd_levels():
+        pytest.skip(f"{level} cannot run here")
+    extension.set_simd_level(level)
+    for dtype in (torch.float32, torch.bfloat16):
+        q = (torch.rand(1, 1, queries, 8) + 0.1).to(dtype)
+        k, v = torch.randn(2, 1, 1, 4, 8).to(dtype)
+        k[0, 0, 1] = -torch.inf
+        intervals = torch.tensor([0, 4], dtype=torch.int32).expand(1, queries, 1, 2)
+        leaves = [x.requires_grad_() for x in (k, v)]
+        out = interval_attention(q, k, v, intervals.contiguous())
+        for grad in torch.autograd.grad(out, leaves, torch.randn_like(out)):
+            assert grad.isfinite().all()
+            assert (grad[0, 0, 1].abs() < 1e-30).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("level", LEVELS)
 def test_values_are_summed_in_order(level: str, dtype: torch.dtype, extension: Any) -> None:
