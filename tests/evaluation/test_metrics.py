@@ -47,8 +47,10 @@ def test_bootstrap_tells_a_worse_system_and_not_an_equal_one() -> None:
     wrong = [line.replace("words", "things") for line in references]
     even = [pair[i % 2] for i, pair in enumerate(zip(references, wrong, strict=True))]
     odd = [pair[1 - i % 2] for i, pair in enumerate(zip(references, wrong, strict=True))]
-    rows = compare([("even", even), ("odd", odd), ("wrong", wrong)], [references], samples=200)
+    systems = [("even", even), ("odd", odd), ("wrong", wrong), ("the same", even)]
+    rows = compare(systems, [references], samples=200)
     p = {row.system: row.p_value for row in rows if row.metric == "BLEU"}
+    assert {row.p_value for row in rows if row.system == "the same"} == {1.0}
     assert p["even"] is None
     assert p["odd"] > 0.3
     assert p["wrong"] < 0.01
