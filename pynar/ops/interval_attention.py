@@ -43,7 +43,9 @@ def interval_attention(
     without keys gets zeros, an lse of -inf and no gradient. A key that a query does not see has no
     influence on its result, even if it holds NaN. What else is in the batch changes no bit of a
     result; only 16-bit calls of the packed form on a GPU depend on it, within rounding. Sums are in
-    float32, or in float64 for float64 inputs.
+    float32, or in float64 for float64 inputs. Where bfloat16 is multiplied as it is (GPUs, and CPUs
+    with AVX512_BF16), so are the weights, rounded; such CPUs take subnormal numbers as zeros.
+    Gradients have no gradients: a second derivative is an error.
 
     Args:
         q: `[N, H, D]` (packed) or `[B, H, T, D]`, float32, bfloat16, float16 or float64; D up to
