@@ -240,6 +240,15 @@ class Streams:
         each = zip(self.intervals(), self.rows, strict=True)
         return torch.cat([(x + first).flatten(0, 1).index_select(0, rows) for x, rows in each])
 
+    def random(self, dtype: torch.dtype) -> list[Tensor]:
+        """Packed queries, keys, values and gradients of the outputs."""
+        generator = torch.Generator().manual_seed(1)
+        keys, rows = int(self.content.sum()), int(self.content.sum() + self.query.sum())
+        return [
+            torch.randn(count, HEADS, DIM, generator=generator).to(self.lengths.device, dtype)
+            for count in (rows, keys, keys, rows)
+        ]
+
     def pad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`[N, H, D] -> [B, H, T, D]` for each stream."""
         count = int(self.content.sum())
@@ -369,12 +378,7 @@ def test_two_streams(
         pytest.skip("FlexAttention has no backward on CPU")
     place = device_or_skip(device)
     streams = Streams(32, longest, ragged, place)
-    generator = torch.Generator().manual_seed(1)
-    keys, rows = int(streams.content.sum()), int(streams.content.sum() + streams.query.sum())
-    q, k, v, grad_out = (
-        torch.randn(count, HEADS, DIM, generator=generator).to(place, dtype)
-        for count in (rows, keys, keys, rows)
-    )
+    q, k, v, grad_out = streams.random(dtype)
     padded = (*streams.pad(q), _pad(k, streams.content), _pad(v, streams.content))
     both = direction == "both"
     if both:
@@ -445,16 +449,11 @@ def test_products(
     """
     place = device_or_skip(device)
     streams = Streams(32, longest, False, place)
-    generator = torch.Generator().manual_seed(1)
-    keys, rows = int(streams.content.sum()), int(streams.content.sum() + streams.query.sum())
-    q, k, v, grad_out = (
-        torch.randn(count, HEADS, DIM, generator=generator).to(place, dtype)
-        for count in (rows, keys, keys, rows)
-    )
-    queries = rows // 32
+    q, k, v, grad_out = streams.random(dtype)
+    queries = len(q) // 32
     seen = round(streams.pairs / (32 * queries))
     dense = [
-        torch.randn(32 * HEADS, count, DIM, generator=generator).to(place, dtype)
+        torch.randn(32 * HEADS, count, DIM).to(place, dtype)
         for count in (queries, seen, seen, queries)
     ]
     both = direction == "both"

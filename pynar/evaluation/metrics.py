@@ -118,28 +118,21 @@ def compare(
         n_samples=samples,
     )()
     names = [str(name) for name in scores.pop("System")]
-
-    def p_value(result: Result, baseline: Result) -> float | None:
-        if result.p_value is None:
-            return None
-        # sacrebleu counts resamples that differ by more than the systems do, and for two systems
-        # that do not differ finds none.
-        return 1.0 if result.score == baseline.score else float(result.p_value)
-
-    return [
-        Comparison(
-            system=name,
-            metric=metric,
-            score=float(result.score),
-            # None only for the other kind of test, approximate randomisation.
-            interval=float(result.ci or 0.0),
-            p_value=p_value(result, results[0]),
-            signature=str(signatures[metric]),
-        )
-        for metric, values in scores.items()
-        for results in [[value for value in values if isinstance(value, Result)]]
-        for name, result in zip(names, results, strict=True)
-    ]
+    rows = []
+    for metric, values in scores.items():
+        results = [value for value in values if isinstance(value, Result)]
+        for name, result in zip(names, results, strict=True):
+            # None of the baseline.
+            p_value = None if result.p_value is None else float(result.p_value)
+            # sacrebleu counts resamples that differ by more than the systems do, and for two
+            # systems that do not differ finds none.
+            if p_value is not None and result.score == results[0].score:
+                p_value = 1.0
+            # No interval only for the other kind of test, approximate randomisation.
+            interval = float(result.ci or 0.0)
+            signature = str(signatures[metric])
+            rows.append(Comparison(name, metric, float(result.score), interval, p_value, signature))
+    return rows
 
 
 @dataclass(frozen=True)

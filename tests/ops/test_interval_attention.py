@@ -18,7 +18,6 @@ from pynar.testing import tolerance
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-LEVELS = ["generic", "neon", "avx2", "avx512", "avx512_vnni"]
 KINDS = ["any", "shared", "causal", "shifting"]
 
 
@@ -155,11 +154,8 @@ def test_matches_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", LEVELS)
-def test_every_simd_level_matches_reference(level: str, dtype: torch.dtype, extension: Any) -> None:
-    if level not in extension.simd_levels():
-        pytest.skip(f"{level} cannot run here")
-    extension.set_simd_level(level)
+@pytest.mark.usefixtures("simd_level")
+def test_every_simd_level_matches_reference(dtype: torch.dtype) -> None:
     for queries, keys, dim in ((1, 17, 16), (4, 33, 64), (9, 70, 24), (66, 66, 64), (5, 3, 7)):
         for kind in KINDS:
             arguments = make_arguments(2, 2, queries, keys, dim, count=2, kind=kind, dtype=dtype)
@@ -185,13 +181,8 @@ def test_gradients_match_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("level", LEVELS)
-def test_gradients_match_reference_at_every_simd_level(
-    level: str, dtype: torch.dtype, extension: Any
-) -> None:
-    if level not in extension.simd_levels():
-        pytest.skip(f"{level} cannot run here")
-    extension.set_simd_level(level)
+@pytest.mark.usefixtures("simd_level")
+def test_gradients_match_reference_at_every_simd_level(dtype: torch.dtype) -> None:
     for kind in KINDS:
         for queries, keys, dim in ((1, 17, 16), (70, 33, 24), (5, 3, 7)):
             arguments = make_arguments(2, 2, queries, keys, dim, count=2, kind=kind, dtype=dtype)
@@ -409,14 +400,9 @@ def test_keys_that_a_query_does_not_see_have_no_influence(
 
 
 @pytest.mark.parametrize("queries", range(1, 8))
-@pytest.mark.parametrize("level", LEVELS)
-def test_an_infinite_key_of_no_weight_has_finite_gradients(
-    level: str, queries: int, extension: Any
-) -> None:
+@pytest.mark.usefixtures("simd_level")
+def test_an_infinite_key_of_no_weight_has_finite_gradients(queries: int) -> None:
     """Blocks are filled up with queries of zeros, whose products with infinities are NaN."""
-    if level not in extension.simd_levels():
-        pytest.skip(f"{level} cannot run here")
-    extension.set_simd_level(level)
     for dtype in (torch.float32, torch.bfloat16):
         q = (torch.rand(1, 1, queries, 8) + 0.1).to(dtype)
         k, v = torch.randn(2, 1, 1, 4, 8).to(dtype)
@@ -430,12 +416,9 @@ def test_an_infinite_key_of_no_weight_has_finite_gradients(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("level", LEVELS)
-def test_values_are_summed_in_order(level: str, dtype: torch.dtype, extension: Any) -> None:
+@pytest.mark.usefixtures("simd_level")
+def test_values_are_summed_in_order(dtype: torch.dtype) -> None:
     """With all scores 0, of values that leave another sum in any other order."""
-    if level not in extension.simd_levels():
-        pytest.skip(f"{level} cannot run here")
-    extension.set_simd_level(level)
     keys = 41
     large = torch.randint(-9, 10, (keys, 20)) * 2.0**21
     v = torch.where(torch.rand(keys, 20) < 0.5, large, torch.randn(keys, 20)).to(dtype)
@@ -531,13 +514,8 @@ def test_gradcheck(form: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("level", LEVELS)
-def test_a_key_that_a_query_does_not_see_leaves_its_gradient_alone(
-    level: str, dtype: torch.dtype, extension: Any
-) -> None:
-    if level not in extension.simd_levels():
-        pytest.skip(f"{level} cannot run here")
-    extension.set_simd_level(level)
+@pytest.mark.usefixtures("simd_level")
+def test_a_key_that_a_query_does_not_see_leaves_its_gradient_alone(dtype: torch.dtype) -> None:
     for kind in KINDS:
         q, k, v, intervals = make_arguments(1, 2, 37, 50, 24, count=2, kind=kind, dtype=dtype)
         k, v = k.nan_to_num(), v.nan_to_num()
