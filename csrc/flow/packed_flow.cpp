@@ -4,19 +4,22 @@
 //
 //   0     actnorm        log scale and bias [C] of `linear`
 //   1, 2  flow_linear    log scale and bias [C] and matrix [d, d] of `linear`; contiguous or
-//   strided
-//                        heads
+//                        strided heads
 //   3...  couplings      3 + 2 split + (1 if the second half decides), split by the first and last
 //                        channels, by even and odd ones, or by even and odd rows
+//   9...  the same       9 + (1 if the second half decides), split by the first and last channels,
+//                        of which the network's input is gathered by position
 //
 // With `inverse` they are undone from the last to the first. A coupling's network reads rows [N, W]
 // of the half that decides, or [N / 2, W] if it is every second row: `rows`, or `pairs`, are the
 // positions [n, W] that are added to it, and which rows of its sentence [n, R, 2] and of `memory`
-// [n, R, 2] a row attends to. The columns of `memory` are keys and values of each coupling.
+// [n, R, 2] a row attends to. The columns of `memory` are keys and values of each coupling. What is
+// gathered by position is LayerNorm(p + attention of positions p to the half that decides).
 //
 // What maps have of their own lies in one tensor of each sort, map after map: of a coupling five
 // weights ([3 W, W], [W, W], [F, W], [W, F], [2 W, W], packed), their scales and column sums where
-// they are int8, biases, and weight and bias of three normalisations. Tensors by the thousand would
+// they are int8, biases, and weight and bias of three normalisations; before them those of keys and
+// values [2 W, W], queries [W, W] and a normalisation by position. Tensors by the thousand would
 // take longer to hand over than the products do; and the next weight is what follows in memory,
 // which is what the kernels prefetch.
 #include <algorithm>
@@ -34,19 +37,21 @@ namespace {
 
 constexpr const char* kName = "packed_flow";
 
-enum Kind : int64_t { kActNorm, kContiguous, kStrided, kCoupling };
+enum Kind : int64_t { kActNorm, kContiguous, kStrided, kCoupling, kByPosition = kCoupling + 6 };
 enum class Split : int64_t { kFeatures, kAlternate, kSteps };
 
-// Linear maps of each coupling, and vectors of its normalisations.
-constexpr size_t kMaps = 5;
-constexpr size_t kNorms = 6;
+// Linear maps of a coupling, the first ones by position alone, and vectors of its normalisations.
+constexpr size_t kMaps = 7;
+constexpr size_t kPositionMaps = 2;
+constexpr size_t kNorms = 8;
+constexpr size_t kPositionNorms = 2;
 
 bool is_coupling(int64_t kind) {
   return kind >= kCoupling;
 }
 
 Split split_of(int64_t kind) {
-  return static_cast<Split>((kind - kCoupling) / 2);
+  return kind >= kByPosition ? Split::kFeatures : static_cast<Split>((kind - kCoupling) / 2);
 }
 
 // One half of rows [N, C]: rows of `width` channels, both of them so far apart.
@@ -62,22 +67,20 @@ struct HalfRows {
   }
 };
 
-// out [n, width] = half + positions, of rows [first, last)
-void take_at(const HalfRows& half, const Tensor& positions, int64_t first, int64_t last,
-             float* out) {
-  for (int64_t i = first; i < last; ++i) {
-    const float* x = half.data + i * half.row;
-    const float* p = positions.data<float>() + i * positions.stride(0);
-    float* y = out + (i - first) * half.width;
-    for (int64_t c = 0; c < half.width; ++c) y[c] = x[c * half.channel] + p[c];
-  }
-}
-
 void take(const HalfRows& half, int64_t first, int64_t last, float* out) {
   for (int64_t i = first; i < last; ++i) {
     const float* x = half.data + i * half.row;
     float* y = out + (i - first) * half.width;
     for (int64_t c = 0; c < half.width; ++c) y[c] = x[c * half.channel];
+  }
+}
+
+// The positions of rows [first, last) to `out` [n, width].
+void add_positions(const Tensor& positions, int64_t first, int64_t last, int64_t width,
+                   float* out) {
+  for (int64_t i = first; i < last; ++i, out += width) {
+    const float* p = positions.data<float>() + i * positions.stride(0);
+    for (int64_t c = 0; c < width; ++c) out[c] += p[c];
   }
 }
 
@@ -117,23 +120,28 @@ void check_flat(const Check& check, const char* name, const Tensor& tensor, Data
 
 // Outputs and inputs of a coupling's maps, for a width and a width of the hidden layer.
 struct Maps {
+  int64_t width;
+  size_t first;  // that it has
   int64_t outputs[kMaps];
   int64_t inputs[kMaps];
 
-  Maps(int64_t width, int64_t hidden)
-      : outputs{3 * width, width, hidden, width, 2 * width},
-        inputs{width, width, width, hidden, width} {}
+  Maps(int64_t kind, int64_t dim, int64_t hidden)
+      : width(split_of(kind) == Split::kSteps ? dim : dim / 2),
+        first(kind >= kByPosition ? 0 : kPositionMaps),
+        outputs{2 * width, width, 3 * width, width, hidden, width, 2 * width},
+        inputs{width, width, width, width, width, hidden, width} {}
+
+  size_t norms() const { return first == 0 ? kNorms : kNorms - kPositionNorms; }
 };
 
 // Where a coupling begins in each of the tensors, or how much it takes of them.
 struct Place {
   int64_t data, sums, biases, norms, memory;
 
-  static Place of(int64_t width, int64_t hidden, WeightFormat format) {
-    const Maps maps(width, hidden);
-    Place place{0, 0, 0, static_cast<int64_t>(kNorms) * width, 2 * width};
+  static Place of(const Maps& maps, WeightFormat format) {
+    Place place{0, 0, 0, static_cast<int64_t>(maps.norms()) * maps.width, 2 * maps.width};
     const int64_t per_word = depth_per_word(format);
-    for (size_t i = 0; i < kMaps; ++i) {
+    for (size_t i = maps.first; i < kMaps; ++i) {
       const int64_t columns = div_up(maps.outputs[i], kPanel) * kPanel;
       place.data += columns * div_up(maps.inputs[i], per_word) * per_word;
       place.sums += format == WeightFormat::kInt8 ? columns : 0;
@@ -151,54 +159,56 @@ struct Place {
 };
 
 // A coupling's network, as views of the tensors of all.
-struct Network {
-  std::vector<Tensor> weights, scales, column_sums, biases, norms;
-
-  Network(int64_t width, int64_t hidden, Place place, const Tensor& data, const Tensor& all_scales,
-          const Tensor& all_sums, const Tensor& all_biases, const Tensor& all_norms) {
-    const Maps maps(width, hidden);
+class Network {
+ public:
+  Network(const Maps& maps, Place place, const Tensor& data, const Tensor& all_scales,
+          const Tensor& all_sums, const Tensor& all_biases, const Tensor& all_norms)
+      : first_(maps.first) {
     const WeightFormat format = format_of(data.dtype());
     const int64_t per_word = depth_per_word(format);
     const int64_t bytes = data.dtype().bits / 8;
-    for (size_t i = 0; i < kMaps; ++i) {
+    for (size_t i = maps.first; i < kMaps; ++i) {
       const int64_t columns = div_up(maps.outputs[i], kPanel) * kPanel;
       const int64_t strip = strip_columns();
       const int64_t steps = div_up(maps.inputs[i], per_word);
       const int64_t step = strip * per_word;
-      const bool layer = i + 1 < kMaps;
-      add(layer ? weights : last_, data.data<char>() + place.data * bytes, data.dtype(),
+      add(weights_, data.data<char>() + place.data * bytes, data.dtype(),
           {columns / strip, steps, strip, per_word}, {steps * step, step, per_word, 1});
       place.data += columns * steps * per_word;
-      add(layer ? biases : last_, all_biases.data<float>() + place.biases, kFloat32,
-          {maps.outputs[i]}, {1});
+      add(biases_, all_biases.data<float>() + place.biases, kFloat32, {maps.outputs[i]}, {1});
       place.biases += maps.outputs[i];
       if (format != WeightFormat::kInt8) continue;
-      add(layer ? scales : last_, all_scales.data<float>() + place.sums, kFloat32, {columns}, {1});
-      add(layer ? column_sums : last_, all_sums.data<int32_t>() + place.sums, kInt32, {columns},
-          {1});
+      add(scales_, all_scales.data<float>() + place.sums, kFloat32, {columns}, {1});
+      add(sums_, all_sums.data<int32_t>() + place.sums, kInt32, {columns}, {1});
       place.sums += columns;
     }
-    for (size_t i = 0; i < kNorms; ++i) {
-      add(norms, all_norms.data<float>() + place.norms, kFloat32, {width}, {1});
-      place.norms += width;
+    for (size_t i = 0; i < maps.norms(); ++i) {
+      add(norms_, all_norms.data<float>() + place.norms, kFloat32, {maps.width}, {1});
+      place.norms += maps.width;
     }
   }
 
   LayerTensors layer() const {
-    const bool few_bits = !scales.empty();
-    return {weights.data(), few_bits ? scales.data() : nullptr,
-            few_bits ? column_sums.data() : nullptr, biases.data(), norms.data()};
+    const size_t i = kPositionMaps - first_;
+    const bool few_bits = !scales_.empty();
+    return {&weights_[i], few_bits ? &scales_[i] : nullptr, few_bits ? &sums_[i] : nullptr,
+            &biases_[i], &norms_[first_ == 0 ? kPositionNorms : 0]};
+  }
+  // Those of the gathering by position.
+  OutputNorm position_norm(double eps) const {
+    return {norms_[0].data<float>(), norms_[1].data<float>(), static_cast<float>(eps)};
   }
 
-  // The map behind the layer.
-  void put_out(const Tensor& x, const Tensor& y) const {
+  // A linear map that is none of the layer's.
+  void run(size_t map, const Tensor& x, const Tensor& y) const {
+    const size_t i = map - first_;
     std::optional<Tensor> scale, sums;
-    if (last_.size() > 2) {
-      scale = last_[2];
-      sums = last_[3];
+    if (!scales_.empty()) {
+      scale = scales_[i];
+      sums = sums_[i];
     }
-    packed_linear(x, last_[0], scale, sums, last_[1], std::nullopt, std::nullopt, std::nullopt, 0,
-                  -1, 0, y);
+    packed_linear(x, weights_[i], scale, sums, biases_[i], std::nullopt, std::nullopt, std::nullopt,
+                  0, -1, 0, y);
   }
 
  private:
@@ -207,7 +217,8 @@ struct Network {
     to.push_back(views_.emplace_back(data, dtype, shape, strides));
   }
 
-  std::vector<Tensor> last_;
+  size_t first_;
+  std::vector<Tensor> weights_, scales_, sums_, biases_, norms_;
   std::deque<View> views_;  // which tensors point into
 };
 
@@ -234,9 +245,6 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
   const int64_t dim = x.size(1);
   if (hidden < 1) check.fail("hidden", "be at least 1", std::to_string(hidden));
   if (matrix < 1) check.fail("matrix", "be at least 1", std::to_string(matrix));
-  const auto width_of = [&](int64_t kind) {
-    return split_of(kind) == Split::kSteps ? dim : dim / 2;
-  };
   const auto numbers_of = [&](int64_t kind) {
     return 2 * dim + (kind == kActNorm ? 0 : matrix * matrix);
   };
@@ -244,8 +252,8 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
   bool by_steps = false;
   Place all_places{};
   for (const int64_t kind : kinds) {
-    if (kind < 0 || kind > kCoupling + 5) {
-      check.fail("kinds", "be in [0, 8]", std::to_string(kind));
+    if (kind < 0 || kind > kByPosition + 1) {
+      check.fail("kinds", "be in [0, 10]", std::to_string(kind));
     }
     if (!is_coupling(kind)) {
       numbers += numbers_of(kind);
@@ -253,7 +261,7 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
     }
     ++couplings;
     by_steps = by_steps || split_of(kind) == Split::kSteps;
-    all_places.move(Place::of(width_of(kind), hidden, format), 1);
+    all_places.move(Place::of(Maps(kind, dim, hidden), format), 1);
   }
   if (couplings > 0 && dim % 2 != 0) {
     check.fail("x", "have an even number of channels", std::to_string(dim));
@@ -304,14 +312,17 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
   const LayerShape pairs_shape = shape_of(count / 2, dim, hidden, heads, eps);
   const int64_t projected_size = whole_shape.projected();
   thread_local Scratch scratch;
-  float* const given = scratch.get<float>(half + 2 * projected_size);
+  float* const given = scratch.get<float>(4 * half + count * heads + 2 * projected_size);
   float* const projected = given + half;
+  float* const gathered = projected + 2 * projected_size;  // keys and values, queries, lse
   // Each row is a sequence of one step, which has a log-determinant of its own.
   const auto ones = std::make_unique_for_overwrite<int64_t[]>(count);
   std::fill(ones.get(), ones.get() + count, 1);
 
+  const auto normalise = PYNAR_SELECT_DOT_KERNEL(normalise_rows);
   const auto couple = [&](const Team& team, int64_t kind, const Place& place, int64_t turn) {
     const Split split = split_of(kind);
+    const Maps maps(kind, dim, hidden);
     const bool second_decides = (kind - kCoupling) % 2 == 1;
     const HalfRows deciding = HalfRows::of(states, dim, split, second_decides);
     const HalfRows changing = HalfRows::of(states, dim, split, !second_decides);
@@ -319,13 +330,13 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
     const LayerShape& shape = paired ? pairs_shape : whole_shape;
     const int64_t width = shape.dim;
     const std::vector<Tensor>& own = paired ? pairs : rows;
-    const Network network(width, hidden, place, weights, scales, column_sums, biases, norms);
-    const auto of_heads = [&](int64_t begin) {
-      return View(memory.data<float>() + place.memory + begin, kFloat32,
-                  {memory.size(0), heads, width / heads}, {memory.stride(0), width / heads, 1});
+    const Network network(maps, place, weights, scales, column_sums, biases, norms);
+    const auto of_heads = [&](float* data, int64_t number, int64_t stride) {
+      return View(data, kFloat32, {number, heads, width / heads}, {stride, width / heads, 1});
     };
-    const View keys = of_heads(0);
-    const View values = of_heads(width);
+    float* const source = memory.data<float>() + place.memory;
+    const View keys = of_heads(source, memory.size(0), memory.stride(0));
+    const View values = of_heads(source + width, memory.size(0), memory.stride(0));
     const View input(given, shape.rows, width);
     const std::optional<LayerMemory> read(LayerMemory{keys, values, own[2]});
     const std::optional<LayerCache> no_cache;
@@ -336,10 +347,40 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
       if (paired || !by_steps) return team.each(shape.rows, body);
       team.each(shape.rows / 2, [&](int64_t first, int64_t last) { body(2 * first, 2 * last); });
     };
-    each([&](int64_t first, int64_t last) {
-      take_at(deciding, own[0], first, last, given + first * width);
-      layer.project(first, last);
-    });
+    if (kind >= kByPosition) {
+      float* const queries = gathered + 2 * count * width;
+      each([&](int64_t first, int64_t last) {
+        const int64_t n = last - first;
+        take(deciding, first, last, given + first * width);
+        network.run(0, View(given + first * width, n, width),
+                    View(gathered + first * 2 * width, n, 2 * width));
+        float* const at = own[0].data<float>() + first * own[0].stride(0);
+        network.run(1, View(at, kFloat32, {n, width}, {own[0].stride(0), 1}),
+                    View(queries + first * width, n, width));
+      });
+      team.wait();
+      each([&](int64_t first, int64_t last) {
+        const int64_t n = last - first;
+        const Tensor& sees = own[1];
+        const View intervals(sees.data<int32_t>() + first * sees.stride(0), kInt32,
+                             {n, sees.size(1), 2},
+                             {sees.stride(0), sees.stride(1), sees.stride(2)});
+        interval_attention(of_heads(queries + first * width, n, width),
+                           of_heads(gathered, count, 2 * width),
+                           of_heads(gathered + width, count, 2 * width), intervals, 1.0,
+                           of_heads(given + first * width, n, width),
+                           View(queries + count * width + first * heads, n, heads));
+        add_positions(own[0], first, last, width, given + first * width);
+        normalise(network.position_norm(eps), given, width, first, last);
+        layer.project(first, last);
+      });
+    } else {
+      each([&](int64_t first, int64_t last) {
+        take(deciding, first, last, given + first * width);
+        add_positions(own[0], first, last, width, given + first * width);
+        layer.project(first, last);
+      });
+    }
     team.wait();
     const auto finish = [&](int64_t first, int64_t last) {
       // The network's states, the half that changes before and after, shift and scale, and a
@@ -353,7 +394,7 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
       float* const row_logdet = parameters + 2 * n * width;
       const View output(made, n, width);
       layer.finish(first, last, output);
-      network.put_out(output, View(parameters, n, 2 * width));
+      network.run(kMaps - 1, output, View(parameters, n, 2 * width));
       take(changing, first, last, before);
       const auto steps = [&](float* data, int64_t stride) {
         return View(data, kFloat32, {n, 1, width}, {stride, stride, 1});
@@ -392,7 +433,7 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
     for (size_t i = 0; i < kinds.size(); ++i) {
       const int64_t kind = kinds[inverse ? kinds.size() - 1 - i : i];
       if (is_coupling(kind)) {
-        const Place size = Place::of(width_of(kind), hidden, format);
+        const Place size = Place::of(Maps(kind, dim, hidden), format);
         if (inverse) place.move(size, -1);
         couple(team, kind, place, turn++);
         if (!inverse) place.move(size, 1);

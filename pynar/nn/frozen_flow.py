@@ -21,7 +21,13 @@ from pynar.nn.flows import ActNorm, ActNormLinear, Coupling, Flow, PositionAtten
 from pynar.nn.frozen import PackedLinear, _attend, _Frozen, _heads
 from pynar.nn.live_rows import Rows
 from pynar.nn.transforms import TRANSFORMS
-from pynar.ops import PackedActNorm, PackedCoupling, PackedFlowLinear, PackedLayer
+from pynar.ops import (
+    PackedActNorm,
+    PackedCoupling,
+    PackedFlowLinear,
+    PackedLayer,
+    PackedPositions,
+)
 from pynar.ops._operator import OPERATORS
 from pynar.ops.packed_flow import FlowMap, FlowTensors
 from pynar.ops.packed_layers import layer_tensors
@@ -134,17 +140,16 @@ class _Maps:
 
 def _is_alone(module: nn.Module) -> bool:
     """Whether it is a coupling that `packed_flow` does not know."""
-    if not isinstance(module, Coupling):
-        return False
-    by_position = getattr(module.net, "positions", None) is not None
-    return by_position or module.transform is not TRANSFORMS["affine"]
+    return isinstance(module, Coupling) and module.transform is not TRANSFORMS["affine"]
 
 
 def _packed(module: nn.Module, factors: Factors, dtype: torch.dtype) -> FlowMap:
     if isinstance(module, Coupling):
         net = _Net(module.net, dtype)
-        output = net.output
-        return PackedCoupling(net.layer, output.packed, output.bias, module.split, module.up)
+        output, positions = net.output, net.positions.packed() if net.positions else None
+        return PackedCoupling(
+            net.layer, output.packed, output.bias, module.split, module.up, positions
+        )
     assert isinstance(module, ActNorm)
     norm = module.log_scale.detach(), module.bias.detach()
     if not isinstance(module, ActNormLinear):
@@ -164,6 +169,11 @@ class _PositionAttention:
         norm = module.norm
         pair = norm.weight.detach().clone(), norm.bias.detach().clone()
         self.norm = norm.normalized_shape, *pair, norm.eps
+
+    def packed(self) -> PackedPositions:
+        maps = self.key_value, self.query
+        weights, biases = (maps[0].packed, maps[1].packed), (maps[0].bias, maps[1].bias)
+        return PackedPositions(weights, biases, self.norm[1:3])
 
     def __call__(self, x: Tensor, level: _Level) -> Tensor:
         keys_values = _heads(self.key_value(x), 2 * self.heads)
@@ -217,7 +227,7 @@ class _Net:
 
 
 class _Coupling:
-    """One that `packed_flow` does not know: by position, or with another transform."""
+    """One that `packed_flow` does not know, with another transform."""
 
     logdet = 0.0  # that of its rows depends on them
 

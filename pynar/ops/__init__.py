@@ -20,6 +20,7 @@ from pynar.ops.packed_flow import (
     PackedActNorm,
     PackedCoupling,
     PackedFlowLinear,
+    PackedPositions,
     packed_flow,
 )
 from pynar.ops.packed_layers import PackedLayer, packed_layers, packed_step
@@ -30,6 +31,7 @@ __all__ = [
     "PackedActNorm",
     "PackedCoupling",
     "PackedFlowLinear",
+    "PackedPositions",
     "PackedLayer",
     "PackedWeight",
     "actnorm",

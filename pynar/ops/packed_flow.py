@@ -16,9 +16,10 @@ from pynar.ops.interval_attention import _check as check_attention
 from pynar.ops.packed_layers import PackedLayer
 from pynar.ops.packed_linear import PANEL, PackedWeight, strip_columns
 
-__all__ = ["PackedActNorm", "PackedCoupling", "PackedFlowLinear", "packed_flow"]
+__all__ = ["PackedActNorm", "PackedCoupling", "PackedFlowLinear", "PackedPositions", "packed_flow"]
 
 SPLITS = ("features", "alternate", "steps")
+_BY_POSITION = 9  # the first kind of those couplings
 _LAYOUTS = ("contiguous", "strided")
 
 
@@ -57,12 +58,27 @@ class PackedFlowLinear:
 
 
 @dataclass(frozen=True)
+class PackedPositions:
+    """Attention by which positions ask for states: a coupling's input is LayerNorm(p + found).
+
+    `weights` are those of keys and values `[2 W, W]` and of queries `[W, W]`, which have the scale
+    in them, and `norm` is weight and bias of the normalisation.
+    """
+
+    weights: tuple[PackedWeight, PackedWeight]
+    biases: tuple[Tensor, Tensor]
+    norm: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
 class PackedCoupling:
     """An affine coupling: `layer` and `output: [2 W, W]` make shift and scale of the half given.
 
     The layer is one of relu, with normalisations behind its sub-layers and attention without
     output maps. The halves are the first and last channels ("features"), even and odd channels
     ("alternate"), or even and odd rows ("steps"); `up`, the first half decides about the second.
+    Positions are added to the half given; with `positions`, and halves by "features", they gather
+    from it what goes into the layer.
     """
 
     layer: PackedLayer
@@ -70,6 +86,7 @@ class PackedCoupling:
     output_bias: Tensor
     split: str
     up: bool
+    positions: PackedPositions | None = None
 
     logdet = 0.0  # it depends on the rows
 
@@ -128,18 +145,22 @@ class FlowTensors:
 
 def _kind(one: FlowMap) -> int:
     if isinstance(one, PackedCoupling):
-        return 3 + 2 * SPLITS.index(one.split) + (not one.up)
+        first = 3 + 2 * SPLITS.index(one.split) if one.positions is None else _BY_POSITION
+        return first + (not one.up)
     return 1 + _LAYOUTS.index(one.layout) if isinstance(one, PackedFlowLinear) else 0
 
 
 def _parts(one: FlowMap) -> list[list[Tensor]]:
     """What a map has of each sort: `linear` forward and back, and from `weights` to `norms`."""
     if isinstance(one, PackedCoupling):
-        packed = [*one.layer.weights, one.output]
+        packed, biases = [*one.layer.weights, one.output], [*one.layer.biases, one.output_bias]
+        norms = [*one.layer.norms]
+        if one.positions is not None:
+            packed, biases = [*one.positions.weights, *packed], [*one.positions.biases, *biases]
+            norms = [*one.positions.norm, *norms]
         scales = [w.scales for w in packed if w.scales is not None]
         sums = [w.column_sums for w in packed if w.column_sums is not None]
-        biases = [*one.layer.biases, one.output_bias]
-        return [[], [], [w.data for w in packed], scales, sums, biases, [*one.layer.norms]]
+        return [[], [], [w.data for w in packed], scales, sums, biases, norms]
     norm = [one.log_scale, one.bias]
     if isinstance(one, PackedFlowLinear):
         return [[*norm, one.weight], [*norm, one.inverse], [], [], [], [], []]
@@ -193,6 +214,8 @@ def packed_flow(
             layers.append(one.layer)
             if one.split not in SPLITS:
                 check.fail("split", f"be one of {', '.join(SPLITS)}", repr(one.split))
+            if one.positions is not None and one.split != "features":
+                check.fail("split", 'be "features" with `positions`', repr(one.split))
         elif isinstance(one, PackedFlowLinear):
             if one.layout not in _LAYOUTS:
                 check.fail("layout", f"be one of {', '.join(_LAYOUTS)}", repr(one.layout))
@@ -305,10 +328,10 @@ def _reference(
         if size < 1:
             check.fail(name, "be at least 1", size)
     for kind in kinds:
-        if not 0 <= kind <= 8:
-            check.fail("kinds", "be in [0, 8]", kind)
+        if not 0 <= kind <= _BY_POSITION + 1:
+            check.fail("kinds", f"be in [0, {_BY_POSITION + 1}]", kind)
     couplings = any(kind >= 3 for kind in kinds)
-    by_steps = any(kind >= 7 for kind in kinds)
+    by_steps = any(_split(kind) == "steps" for kind in kinds)
     if couplings and dim % 2:
         check.fail("x", "have an even number of channels", dim)
     if by_steps and count % 2:
@@ -349,7 +372,7 @@ def _reference(
             product = product.view(1, matrix, matrix)
             x = reference.flow_linear_map(x[None], lengths, *norm, product, layout, inverse)[0]
         else:
-            split = SPLITS[(kind - 3) // 2]
+            split = _split(kind)
             own = pairs if split == "steps" else rows
             q, k, v = (h.unflatten(1, (heads, -1)) for h in (own[0], *sources[i].chunk(2, 1)))
             attention = Check("interval_attention")
@@ -364,10 +387,18 @@ def _reference(
     return x.clone() if not kinds else x, logdet
 
 
+def _split(kind: int) -> str:
+    """Of a coupling; of other maps none of them."""
+    if kind >= _BY_POSITION:
+        return "features"
+    return SPLITS[(kind - 3) // 2] if kind >= 3 else ""
+
+
 def _shapes(kind: int, dim: int, hidden: int) -> list[tuple[int, int]]:
     """Outputs and inputs of a coupling's linear maps."""
-    w = dim if kind >= 7 else dim // 2
-    return [(3 * w, w), (w, w), (hidden, w), (w, hidden), (2 * w, w)]
+    w = dim if _split(kind) == "steps" else dim // 2
+    by_position = [(2 * w, w), (w, w)] if kind >= _BY_POSITION else []
+    return [*by_position, (3 * w, w), (w, w), (hidden, w), (w, hidden), (2 * w, w)]
 
 
 def _sizes(kind: int, dim: int, hidden: int, matrix: int, dtype: torch.dtype) -> list[int]:
@@ -379,8 +410,9 @@ def _sizes(kind: int, dim: int, hidden: int, matrix: int, dtype: torch.dtype) ->
     depths = [-(-inputs // per_word) * per_word for _, inputs in shapes]
     data = sum(c * d for c, d in zip(columns, depths, strict=True))
     sums = sum(columns) if dtype == torch.int8 else 0
-    width = shapes[1][0]
-    return [0, data, sums, sums, sum(o for o, _ in shapes), 6 * width, 2 * width]
+    width = shapes[-1][1]
+    norms = 8 if kind >= _BY_POSITION else 6
+    return [0, data, sums, sums, sum(o for o, _ in shapes), norms * width, 2 * width]
 
 
 def _unpack(
@@ -398,7 +430,7 @@ def _unpack(
         weights.append(PackedWeight(words, own[0], own[1], outputs, inputs).unpack())
         first, column = first + size, columns.stop
     parts = biases.split([outputs for outputs, _ in shapes])
-    return weights, list(parts), list(norms.chunk(6))
+    return weights, list(parts), list(norms.split(shapes[-1][1]))
 
 
 def _check_rows(check: Check, name: str, rows: Sequence[Tensor], count: int, width: int) -> None:

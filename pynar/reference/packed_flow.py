@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pynar.reference.affine_coupling import affine_coupling
+from pynar.reference.interval_attention import interval_attention
 from pynar.reference.packed_layers import packed_layer
 from pynar.reference.packed_linear import packed_linear
 
@@ -30,7 +32,8 @@ def packed_coupling(
 ) -> tuple[Tensor, Tensor]:
     """An affine coupling of rows `[N, C]`, and its log-determinant by row, `[N]`.
 
-    `weights` are unpacked, float32; `dtype` is what they were packed as.
+    `weights` are unpacked, float32; `dtype` is what they were packed as. Of seven the first two
+    gather by position what goes into the network.
     """
     y = x.clone()
     if split == "steps":
@@ -41,9 +44,20 @@ def packed_coupling(
         halves = y[:, : y.shape[1] // 2], y[:, y.shape[1] // 2 :]
     given, changed = halves if up else reversed(halves)
     positions, sees, reads = rows
+    if len(weights) == 7:
+        found, queries = (
+            packed_linear(h, weights[i], biases[i], dtype, "none", None, None, None)
+            for i, h in enumerate((given, positions))
+        )
+        q, k, v = (h.unflatten(1, (heads, -1)) for h in (queries, *found.chunk(2, 1)))
+        gathered = interval_attention(q, k, v, sees, scale=1.0).flatten(1)
+        inputs = F.layer_norm(positions + gathered, positions.shape[1:], *norms[:2], eps)
+        weights, biases, norms = weights[2:], biases[2:], norms[2:]
+    else:
+        inputs = given + positions
     keys, values = (part.unflatten(1, (heads, -1)) for part in memory.chunk(2, 1))
     states = packed_layer(
-        given + positions,
+        inputs,
         weights[:-1],
         biases[:-1],
         norms,

@@ -13,10 +13,12 @@ from pynar.ops import (
     PackedCoupling,
     PackedFlowLinear,
     PackedLayer,
+    PackedPositions,
     actnorm,
     affine_coupling,
     batched_logdet,
     flow_linear,
+    interval_attention,
     pack_linear,
     packed_flow,
     packed_layers,
@@ -37,7 +39,9 @@ def spread(lengths: list[int], of: list[int]) -> Tensor:
     return bounds.repeat_interleave(torch.tensor(lengths), 0)[:, None]
 
 
-def make_coupling(dtype: torch.dtype, split: str, up: bool) -> PackedCoupling:
+def make_coupling(
+    dtype: torch.dtype, split: str, up: bool, by_position: bool = False
+) -> PackedCoupling:
     width = DIM if split == "steps" else DIM // 2
     shapes = [(3 * width, width), (width, width), (HIDDEN, width), (width, HIDDEN)]
     weights = [torch.randn(shape) / shape[1] ** 0.5 for shape in shapes]
@@ -50,7 +54,14 @@ def make_coupling(dtype: torch.dtype, split: str, up: bool) -> PackedCoupling:
         EPS,
     )
     output = pack_linear(torch.randn(2 * width, width) / width, dtype)
-    return PackedCoupling(layer, output, torch.randn(2 * width), split, up)
+    positions = None
+    if by_position:
+        weights = [torch.randn(outputs, width) / width**0.5 for outputs in (2 * width, width)]
+        key_value, query = (pack_linear(weight, dtype) for weight in weights)
+        biases = torch.randn(2 * width), torch.randn(width)
+        norm = torch.rand(width), torch.rand(width)
+        positions = PackedPositions((key_value, query), biases, norm)
+    return PackedCoupling(layer, output, torch.randn(2 * width), split, up, positions)
 
 
 def make_linear(layout: str) -> PackedFlowLinear:
@@ -65,6 +76,8 @@ def make_maps(dtype: torch.dtype) -> list[FlowMap]:
     for split in SPLITS:
         maps += [make_coupling(dtype, split, True), make_linear("contiguous")]
         maps += [make_coupling(dtype, split, False), make_linear("strided")]
+    maps.insert(1, make_coupling(dtype, "features", True, by_position=True))
+    maps.append(make_coupling(dtype, "features", False, by_position=True))
     return maps
 
 
@@ -101,7 +114,19 @@ def by_parts(
         given, changed = (first, second) if one.up else (second, first)
         positions, sees, reads = pairs if one.split == "steps" else rows
         keys, values = (part.unflatten(1, (HEADS, -1)) for part in next(numbers).chunk(2, 1))
-        h = packed_layers(given + positions, [one.layer], sees, memory=([keys], [values], reads))
+        h = given + positions
+        if one.positions is not None:
+            maps_of = zip(one.positions.weights, one.positions.biases, strict=True)
+            found, q = (
+                packed_linear(h, *own) for h, own in zip((given, positions), maps_of, strict=True)
+            )
+            q, k, v = (part.unflatten(1, (HEADS, -1)) for part in (q, *found.chunk(2, 1)))
+            gathered = interval_attention(q, k, v, sees, scale=1.0).flatten(1)
+            # packed_linear's normalisation, of what a weight of zeros leaves alone.
+            nothing = pack_linear(torch.zeros(DIM // 2, DIM // 2), torch.float32)
+            norm = *one.positions.norm, EPS
+            h = packed_linear(h, nothing, residual=gathered + positions, output_norm=norm)
+        h = packed_layers(h, [one.layer], sees, memory=([keys], [values], reads))
         net = packed_linear(h, one.output, one.output_bias)
         ones = torch.ones(len(given), dtype=torch.int64)
         shift, raw_scale = net[:, None].chunk(2, 2)
@@ -165,7 +190,7 @@ def test_is_undone(of: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("up", [True, False])
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", [*SPLITS, "features by position"])
 @pytest.mark.parametrize("of", ["operator", "reference"])
 def test_a_coupling_by_plain_attention_and_its_jacobian(
     of: str, split: str, up: bool, monkeypatch: pytest.MonkeyPatch
@@ -173,7 +198,8 @@ def test_a_coupling_by_plain_attention_and_its_jacobian(
     """One sentence, in float64, from PyTorch's own attention; the log-determinant by autograd."""
     if of == "reference":
         monkeypatch.setattr(_OPERATOR, "call", _OPERATOR.reference)
-    one = make_coupling(torch.float32, split, up)
+    split, by_position = split.split()[0], " by position" in split
+    one = make_coupling(torch.float32, split, up, by_position)
     count, sources = 4, 3
     n, width = (count // 2, DIM) if split == "steps" else (count, DIM // 2)
     own = torch.randn(n, width), spread([n], [n]), spread([n], [sources])
@@ -193,7 +219,15 @@ def test_a_coupling_by_plain_attention_and_its_jacobian(
         def norm(part: int, h: Tensor) -> Tensor:
             return F.layer_norm(h, (width,), *norms[2 * part : 2 * part + 2], EPS)
 
-        h = given + own[0].double()
+        h = positions = own[0].double()
+        if one.positions is None:
+            h = given + positions
+        else:
+            key_value, query = (weight.unpack().double() for weight in one.positions.weights)
+            bias, query_bias = (bias.double() for bias in one.positions.biases)
+            found = F.linear(given, key_value, bias).chunk(2, 1)
+            h = h + attend(F.linear(positions, query, query_bias), *found)
+            h = F.layer_norm(h, (width,), *(x.double() for x in one.positions.norm), EPS)
         h = norm(0, h + attend(*F.linear(h, weights[0], biases[0]).chunk(3, 1)))
         query = F.linear(h, weights[1], biases[1])
         h = norm(1, h + attend(query, *memory.double().chunk(2, 1)))
@@ -331,17 +365,17 @@ REJECTED: list[tuple[int, Any, str]] = [
     (0, torch.ones(COUNT, DIM).double(), "`x` must have dtype float32, got float64"),
     (0, torch.ones(COUNT, DIM + 1), "`x` must have an even number of channels, got 17"),
     (0, torch.ones(COUNT - 1, DIM), "`x` must have an even number of rows, got 11"),
-    (1, [9], "`kinds` must be in [0, 8], got 9"),
+    (1, [11], "`kinds` must be in [0, 10], got 11"),
     (2, torch.ones(1), "`linear` must have shape [320] (numbers of all maps), got [1]"),
-    (3, torch.ones(1), "`weights` must have shape [25600] (numbers of all maps), got [1]"),
+    (3, torch.ones(1), "`weights` must have shape [34816] (numbers of all maps), got [1]"),
     (3, torch.ones(1).double(), "`weights` must have dtype float32 or bfloat16 or int8, got flo"),
-    (4, torch.ones(1), "`scales` must have shape [1920] (numbers of all maps), got [1]"),
-    (5, torch.ones(1), "`column_sums` must have shape [1920] (numbers of all maps), got [1]"),
-    (6, torch.ones(1), "`biases` must have shape [592] (numbers of all maps), got [1]"),
-    (7, torch.ones(1), "`norms` must have shape [384] (numbers of all maps), got [1]"),
-    (7, torch.ones(384).int(), "`norms` must have dtype float32, got int32"),
+    (4, torch.ones(1), "`scales` must have shape [2816] (numbers of all maps), got [1]"),
+    (5, torch.ones(1), "`column_sums` must have shape [2816] (numbers of all maps), got [1]"),
+    (6, torch.ones(1), "`biases` must have shape [800] (numbers of all maps), got [1]"),
+    (7, torch.ones(1), "`norms` must have shape [512] (numbers of all maps), got [1]"),
+    (7, torch.ones(512).int(), "`norms` must have dtype float32, got int32"),
     (8, torch.ones(9), "`memory` must have 2 dimensions [S, M], got shape [9]"),
-    (8, torch.ones(9, 15), "`memory` must have shape [9, 128] (keys and values of each coupling)"),
+    (8, torch.ones(9, 15), "`memory` must have shape [9, 160] (keys and values of each coupling)"),
     (9, [], "`rows` must have 3 tensors (positions, and what a row attends to), got 0"),
     (9, [torch.ones(3, 8)] * 3, "`rows` must have shape [12, 8] (rows, channels of half the stat"),
     (10, [], "`pairs` must have 3 tensors (positions, and what a row attends to), got 0"),
@@ -392,10 +426,13 @@ def test_an_interval_outside_is_rejected_on_every_thread(threads: int) -> None:
 def test_wrong_maps_are_rejected() -> None:
     coupling = make_coupling(torch.int8, "features", True)
     other = replace(coupling, layer=replace(coupling.layer, heads=4))
+    by_position = make_coupling(torch.int8, "features", True, by_position=True)
+    by_position = replace(by_position, split="alternate")
     x, *others = make_inputs([coupling, coupling])
     for maps, message in (
         ([replace(coupling, split="rows")], "`split` must be one of features, alternate, steps, "),
         ([replace(make_linear("strided"), layout="x")], "`layout` must be one of contiguous, str"),
+        ([by_position], "`split` must be \"features\" with `positions`, got 'alternate'"),
         (["actnorm"], "`maps` must be packed maps of a flow, got str"),
         ([coupling, other], "`maps` must agree in heads, eps, activation, hidden size, type "),
     ):
