@@ -16,7 +16,7 @@ from pynar.nn.attention import padding_mask
 from pynar.nn.embedding import sinusoids
 from pynar.nn.flows import NETWORKS, ActNorm, Flow, PositionAttention, PositionSum, WeightNormLinear
 from pynar.nn.frozen import DTYPES, FrozenCopy
-from pynar.nn.frozen_flow import FrozenFlow
+from pynar.nn.frozen_flow import FrozenFlow, FrozenPositionAttention
 from pynar.nn.length import LengthPredictor
 from pynar.nn.recurrent import RecurrentDecoder, RecurrentEncoder
 from pynar.nn.transformer import Memory
@@ -431,6 +431,8 @@ class FlowSeq(TranslationModel):
         frozen = super().freeze(dtype)
         cpu = frozen.exclusion.device.type == "cpu"
         with torch.no_grad():
+            if cpu and isinstance(self.gather, PositionAttention):
+                frozen.gather = FrozenPositionAttention(self.gather, DTYPES[dtype])
             if cpu and self.config.flow_network == "attention":
                 frozen.prior = FrozenFlow(self.prior, DTYPES[dtype])
                 return frozen

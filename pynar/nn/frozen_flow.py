@@ -33,7 +33,7 @@ from pynar.ops.packed_flow import FlowMap, FlowTensors
 from pynar.ops.packed_layers import layer_tensors
 from pynar.ops.packed_linear import PANEL
 
-__all__ = ["FrozenFlow"]
+__all__ = ["FrozenFlow", "FrozenPositionAttention"]
 
 Factors = tuple[Tensor, Tensor]  # log|det| and inverse of every matrix
 
@@ -64,6 +64,7 @@ class SourceRows:
 class _Level:
     """What the rows of a level see, by the number of steps in a row of a coupling: one or two."""
 
+    rows: Rows
     positions: Tensor  # [N, W]
     sees: Tensor  # int32 [N, 1, 2], the rows of their sentence
     reads: Tensor  # the same of the source
@@ -73,7 +74,7 @@ class _Level:
         rows = Rows.of(lengths, width)
         positions = rows.pack(_positions(width, dim).expand(len(lengths), -1, -1)).contiguous()
         sees, reads = rows.own, rows.each(source)
-        return _Level(positions, sees.contiguous(), reads.contiguous())
+        return _Level(rows, positions, sees.contiguous(), reads.contiguous())
 
     def tensors(self) -> list[Tensor]:
         """As `packed_flow` wants them."""
@@ -175,11 +176,27 @@ class _PositionAttention:
         weights, biases = (maps[0].packed, maps[1].packed), (maps[0].bias, maps[1].bias)
         return PackedPositions(weights, biases, self.norm[1:3])
 
-    def __call__(self, x: Tensor, level: _Level) -> Tensor:
+    def __call__(self, x: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
+        """Of rows `[N, W]`, positions as many, and what they see `[N, 1, 2]`."""
         keys_values = _heads(self.key_value(x), 2 * self.heads)
-        q = _heads(self.query(level.positions), self.heads)
+        q = _heads(self.query(positions), self.heads)
         k, v = keys_values[:, : self.heads], keys_values[:, self.heads :]
-        return F.layer_norm(level.positions + _attend(q, k, v, level.sees), *self.norm)
+        return F.layer_norm(positions + _attend(q, k, v, sees), *self.norm)
+
+
+class FrozenPositionAttention(_Frozen):
+    """`PositionAttention` with packed weights; the same arguments and results."""
+
+    def __init__(self, module: PositionAttention, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention = _PositionAttention(module, dtype)
+        self.training = False
+
+    def forward(self, x: Tensor, positions: Tensor, sees: Tensor) -> Tensor:
+        batch, width, _ = x.shape
+        first = torch.arange(batch, dtype=torch.int32)[:, None, None, None] * width
+        rows = x.flatten(0, 1), positions.repeat(batch, 1), (sees + first).flatten(0, 1)
+        return self.attention(*rows).view_as(x)
 
 
 class _Net:
@@ -216,7 +233,10 @@ class _Net:
         self.output = PackedLinear(net.output.weight, net.output.bias, dtype)
 
     def __call__(self, x: Tensor, level: _Level, source: Tensor) -> Tensor:
-        x = x + level.positions if self.positions is None else self.positions(x, level)
+        if self.positions is None:
+            x = x + level.positions
+        else:
+            x = self.positions(x, level.positions, level.sees)
         heads = self.layer.heads
         keys_values = _heads(source, 2 * heads)
         memory = [keys_values[:, :heads]], [keys_values[:, heads:]], level.reads
@@ -326,13 +346,13 @@ class FrozenFlow(_Frozen):
 
     def _logdet(self, lengths: Tensor, contexts: list[_Context]) -> Tensor:
         """The sums over the rows of each sentence, `[B * n]`."""
-        total = torch.zeros(len(lengths))
-        for level, context in zip(self.levels, contexts, strict=True):
-            constant = sum(part.logdet for part in level)
-            total += lengths * (-constant if context.inverse else constant)
-            sentence = torch.arange(len(lengths)).repeat_interleave(lengths)
-            total.index_add_(0, sentence, context.logdet)
-            lengths = lengths // 2
+        # Of a step: a level's rows are half as many as those of the one below.
+        constant = sum(
+            part.logdet / 2**number for number, level in enumerate(self.levels) for part in level
+        )
+        total = lengths * (-constant if contexts[0].inverse else constant)
+        for context in contexts:
+            total.index_add_(0, context.whole.rows.sentences, context.logdet)
         return total
 
     def _encode(self, x: Tensor, contexts: list[_Context]) -> Tensor:

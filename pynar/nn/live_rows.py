@@ -57,6 +57,12 @@ class Rows:
         with torch.inference_mode(False):  # kept as long as the rows, see pynar/nn/kept.py
             return self.each(self.bounds)
 
+    @functools.cached_property
+    def sentences(self) -> Tensor:
+        """int64 `[N]`: the sentence of every row."""
+        with torch.inference_mode(False):
+            return torch.arange(self.batch).repeat_interleave(self.lengths)
+
     def each(self, bounds: Tensor) -> Tensor:
         """Intervals `[N, 1, 2]` of the rows from `bounds: [B, 2]` of their sentences."""
         if self.places is None:

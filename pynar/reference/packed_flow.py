@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +51,9 @@ def packed_coupling(
             for i, h in enumerate((given, positions))
         )
         q, k, v = (h.unflatten(1, (heads, -1)) for h in (queries, *found.chunk(2, 1)))
-        gathered = interval_attention(q, k, v, sees, scale=1.0).flatten(1)
-        inputs = F.layer_norm(positions + gathered, positions.shape[1:], *norms[:2], eps)
+        gathered = cast(Tensor, interval_attention(q, k, v, sees, scale=1.0)).flatten(1)
+        found = positions + gathered
+        inputs = F.layer_norm(found, found.shape[1:], norms[0], norms[1], eps)
         weights, biases, norms = weights[2:], biases[2:], norms[2:]
     else:
         inputs = given + positions
