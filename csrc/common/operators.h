@@ -136,23 +136,27 @@ std::optional<LaunchPlan> interval_attention_backward(const Tensor& grad_out, co
                                                       const Tensor& grad_v,
                                                       const std::optional<Tensor>& workspace);
 std::optional<LaunchPlan> actnorm(const Tensor& x, const Tensor& lengths, const Tensor& log_scale,
-                                  const Tensor& bias, bool inverse, const Tensor& y);
+                                  const Tensor& bias, bool inverse, int64_t squeeze,
+                                  const Tensor& y);
 std::optional<LaunchPlan> actnorm_backward(const Tensor& grad_y, const Tensor& x,
                                            const Tensor& lengths, const Tensor& log_scale,
-                                           const Tensor& bias, bool inverse, const Tensor& grad_x,
-                                           const Tensor& grad_log_scale, const Tensor& grad_bias,
+                                           const Tensor& bias, bool inverse, int64_t squeeze,
+                                           const Tensor& grad_x, const Tensor& grad_log_scale,
+                                           const Tensor& grad_bias,
                                            const std::optional<Tensor>& workspace);
 std::optional<LaunchPlan> flow_linear(const std::string& name, const Tensor& x,
                                       const Tensor& lengths, const std::optional<Tensor>& log_scale,
                                       const std::optional<Tensor>& bias, const Tensor& weight,
-                                      int64_t layout, bool inverse, const Tensor& y);
+                                      int64_t layout, bool inverse, int64_t squeeze,
+                                      const Tensor& y);
 int64_t flow_linear_backward_workspace(int64_t batch, int64_t steps, int64_t channels,
                                        int64_t matrices, int64_t dim, int64_t element_size);
 std::optional<LaunchPlan> flow_linear_backward(
     const std::string& name, const Tensor& grad_y, const Tensor& x, const Tensor& lengths,
     const std::optional<Tensor>& log_scale, const std::optional<Tensor>& bias, const Tensor& weight,
-    int64_t layout, bool inverse, const Tensor& grad_x, const Tensor& grad_log_scale,
-    const Tensor& grad_bias, const Tensor& grad_weight, const std::optional<Tensor>& workspace);
+    int64_t layout, bool inverse, int64_t squeeze, const Tensor& grad_x,
+    const Tensor& grad_log_scale, const Tensor& grad_bias, const Tensor& grad_weight,
+    const std::optional<Tensor>& workspace);
 std::optional<LaunchPlan> squeeze(const Tensor& x, const Tensor& lengths, int64_t factor,
                                   const Tensor& y, const Tensor& dropped);
 std::optional<LaunchPlan> unsqueeze(const std::string& name, const Tensor& y, const Tensor& dropped,

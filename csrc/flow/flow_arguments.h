@@ -25,11 +25,12 @@ namespace pynar {
 // Checks that the channels of [B, T, C] are neighbours.
 void check_channels(const Check& check, const char* name, const Tensor& x);
 
-// Checks one length a sentence of x, [B, T, C], on the CPU also that it is in [0, T].
+// Checks one length a sentence of x, [B, T, C], on the CPU also that it is in [0, T * factor].
 void check_flow_lengths(const Check& check, const Tensor& lengths, const char* name,
-                        const Tensor& x);
+                        const Tensor& x, int64_t factor = 1);
 
 // Checks steps [B, T, C] of a floating type on a device that has kernels, and their lengths.
-void check_flow_steps(const Check& check, const char* name, const Tensor& x, const Tensor& lengths);
+void check_flow_steps(const Check& check, const char* name, const Tensor& x, const Tensor& lengths,
+                      int64_t factor = 1);
 
 }  // namespace pynar

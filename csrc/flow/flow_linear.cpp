@@ -92,26 +92,42 @@ struct Place {
 template <typename T>
 std::vector<Place> live_steps(const FlowLinearParams<T>& p) {
   int64_t total = 0;
-  for (int64_t b = 0; b < p.batch; ++b) total += p.lengths[b * p.lengths_stride];
+  for (int64_t b = 0; b < p.batch; ++b) total += p.length(b);
   std::vector<Place> places(total);
   Place* place = places.data();
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t length = p.lengths[b * p.lengths_stride];
+    const int64_t length = p.length(b);
     for (int64_t t = 0; t < length; ++t) *place++ = {b, t};
   }
   return places;
 }
 
+// After the other steps: what is beyond the end of a joined one may have been written with it.
 template <typename T, typename U>
 void zero_padding(const FlowLinearParams<T>& p, const FlowRows<U>& rows) {
   const int64_t squeezed = flow_joined_steps(p.steps, rows.factor);
   for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t length = p.lengths[b * p.lengths_stride];
+    if (rows.pieces > 1) {
+      const int64_t width = rows.kept / rows.pieces;
+      for (int64_t i = p.lengths[b * p.lengths_stride]; i < p.steps * rows.pieces; ++i) {
+        std::fill_n(rows.at(b, i / rows.pieces, i % rows.pieces * width), width, U{});
+      }
+      continue;
+    }
+    const int64_t length = p.length(b);
     for (int64_t t = length; t < squeezed; ++t) std::fill_n(rows.kept_of(b, t), rows.kept, U{});
     for (int64_t t = length; t < p.steps; ++t) {
       std::fill_n(rows.dropped_of(b, t), p.channels - rows.kept, U{});
     }
   }
+}
+
+// Calls body(first, count) for the channels of a step that lie next to each other.
+template <typename U, typename Body>
+void for_each_part(const FlowRows<U>& rows, int64_t channels, const Body& body) {
+  const int64_t width = rows.kept / rows.pieces;
+  for (int64_t first = 0; first < rows.kept; first += width) body(first, width);
+  if (rows.kept < channels) body(rows.kept, channels - rows.kept);
 }
 
 // The scale and shift of every place, [K + 2, C] each; the last row scales by one and shifts by
@@ -156,29 +172,23 @@ class Block {
   void load(const FlowRows<const T>& from, const Place* places, int64_t count, const A* scale,
             const A* shift, A* state) const {
     const auto load_steps = PYNAR_SELECT_FLOW_KERNEL(load_steps<T>);
-    const T* kept[kFlowRows];
-    const T* dropped[kFlowRows];
-    for (int64_t r = 0; r < kFlowRows; ++r) {
-      kept[r] = r < count ? from.kept_of(places[r].b, places[r].t) : zeros_.data();
-      dropped[r] = r < count ? from.dropped_of(places[r].b, places[r].t) : zeros_.data();
-    }
-    load_steps(kept, from.kept, scale, shift, state);
-    if (from.kept == p_.channels) return;
-    load_steps(dropped, p_.channels - from.kept, scale + from.kept, shift + from.kept,
-               state + from.kept * kFlowRows);
+    for_each_part(from, p_.channels, [&](int64_t first, int64_t width) {
+      const T* rows[kFlowRows];
+      for (int64_t r = 0; r < kFlowRows; ++r) {
+        const bool holds = r < count && p_.holds(from, places[r].b, places[r].t, first);
+        rows[r] = holds ? from.at(places[r].b, places[r].t, first) : zeros_.data();
+      }
+      load_steps(rows, width, scale + first, shift + first, state + first * kFlowRows);
+    });
   }
 
   void store(const A* state, const Place* places, int64_t count, const FlowRows<T>& to) const {
     const auto store_steps = PYNAR_SELECT_FLOW_KERNEL(store_steps<T>);
-    T* kept[kFlowRows];
-    T* dropped[kFlowRows];
-    for (int64_t r = 0; r < count; ++r) {
-      kept[r] = to.kept_of(places[r].b, places[r].t);
-      dropped[r] = to.dropped_of(places[r].b, places[r].t);
-    }
-    store_steps(state, to.kept, count, kept);
-    if (to.kept == p_.channels) return;
-    store_steps(state + to.kept * kFlowRows, p_.channels - to.kept, count, dropped);
+    for_each_part(to, p_.channels, [&](int64_t first, int64_t width) {
+      T* rows[kFlowRows];
+      for (int64_t r = 0; r < count; ++r) rows[r] = to.at(places[r].b, places[r].t, first);
+      store_steps(state + first * kFlowRows, width, count, rows);
+    });
   }
 
   // Matrix number i in order of application, with what follows it.
@@ -222,9 +232,7 @@ void copy_steps(const FlowLinearParams<T>& p, const std::vector<Place>& places) 
   const Coefficients<T> coefficients(p);
   const A* scale = coefficients.scale.data();
   const A* shift = coefficients.shift.data();
-  // One side may be squeezed; both have the same first channels then.
-  const int64_t kept = std::min(p.x.kept, p.y.kept);
-  const int64_t dropped = p.channels - kept;
+  const std::vector<T> zeros(p.channels, T{});
   const auto one = [&](const T* x, int64_t first, int64_t count, T* y) {
     if (p.log_scale == nullptr) {
       std::copy_n(x, count, y);
@@ -232,12 +240,17 @@ void copy_steps(const FlowLinearParams<T>& p, const std::vector<Place>& places) 
       scale_row(x, scale + first, shift + first, y, count);
     }
   };
+  const bool by_x = p.x.pieces > 1 || p.x.kept < p.channels;
   const int64_t n = static_cast<int64_t>(places.size());
-  parallel_for(n, flow_grain(p, 1), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
+  parallel_for(n, flow_grain(p, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
       const auto [b, t] = places[i];
-      one(p.x.kept_of(b, t), 0, kept, p.y.kept_of(b, t));
-      if (dropped > 0) one(p.x.at(b, t, kept), kept, dropped, p.y.at(b, t, kept));
+      const auto part = [&, b = b, t = t](int64_t first, int64_t count) {
+        const T* x = p.holds(p.x, b, t, first) ? p.x.at(b, t, first) : zeros.data();
+        one(x, first, count, p.y.at(b, t, first));
+      };
+      // One side may be squeezed, or in pieces; the other one has it all together.
+      by_x ? for_each_part(p.x, p.channels, part) : for_each_part(p.y, p.channels, part);
     }
   });
 }
@@ -247,6 +260,7 @@ template <typename T>
 bool multiply_steps(const FlowLinearParams<T>& p, const std::vector<Place>& places,
                     const Coefficients<T>& coefficients, const Block<T>& block) {
   using A = accumulation_t<T>;
+  if (p.joined > 1) return false;
   FlowStep<A> step = block.step(0, coefficients);
   const auto takes_rows = PYNAR_SELECT_FLOW_KERNEL(takes_rows<A>);
   if (!takes_rows(step)) return false;
@@ -304,11 +318,18 @@ void scale_steps_backward(const FlowLinearBackwardParams<T>& params, const Place
   // Here the states are those that go in.
   std::vector<accumulation_t<T>> centre(p.channels, 0);
   if (p.inverse && p.log_scale != nullptr) std::copy_n(p.bias, p.channels, centre.begin());
+  const std::vector<T> zeros(p.channels, T{});
+  const auto& in_pieces = p.inverse ? params.grad_y : p.x;
   for (int64_t i = 0; i < count; ++i) {
     const auto [b, t] = places[i];
-    scale_row_backward(params.grad_y.kept_of(b, t), p.x.kept_of(b, t), coefficients.scale.data(),
-                       centre.data(), params.grad_x.kept_of(b, t), sums.sum, sums.moment,
-                       p.channels);
+    for_each_part(in_pieces, p.channels, [&, b = b, t = t](int64_t first, int64_t width) {
+      const auto read = [&](const FlowRows<const T>& rows) {
+        return p.holds(rows, b, t, first) ? rows.at(b, t, first) : zeros.data();
+      };
+      scale_row_backward(read(params.grad_y), read(p.x), &coefficients.scale[first], &centre[first],
+                         params.grad_x.at(b, t, first), sums.sum + first, sums.moment + first,
+                         width);
+    });
   }
 }
 
@@ -418,13 +439,9 @@ void finish_gradients(const FlowLinearBackwardParams<T>& params,
   }
 }
 
-}  // namespace
-
 template <typename T>
-void flow_linear_cpu(const FlowLinearParams<T>& p) {
+void run_steps(const FlowLinearParams<T>& p, const std::vector<Place>& places) {
   using A = accumulation_t<T>;
-  const std::vector<Place> places = live_steps(p);
-  zero_padding(p, p.y);
   if (p.matrices == 0) return copy_steps(p, places);
 
   const auto multiply_heads = PYNAR_SELECT_FLOW_KERNEL(multiply_heads<A>);
@@ -450,12 +467,19 @@ void flow_linear_cpu(const FlowLinearParams<T>& p) {
   });
 }
 
+}  // namespace
+
+template <typename T>
+void flow_linear_cpu(const FlowLinearParams<T>& p) {
+  run_steps(p, live_steps(p));
+  zero_padding(p, p.y);
+}
+
 template <typename T>
 void flow_linear_backward_cpu(const FlowLinearBackwardParams<T>& params) {
   using A = accumulation_t<T>;
   const FlowLinearParams<T>& p = params.forward;
   const std::vector<Place> places = live_steps(p);
-  zero_padding(p, params.grad_x);
   const Coefficients<T> coefficients(p);
   const Block<T> block(p);
   const int64_t n = static_cast<int64_t>(places.size());
@@ -463,7 +487,7 @@ void flow_linear_backward_cpu(const FlowLinearBackwardParams<T>& params) {
   const int64_t chunks = std::clamp<int64_t>(blocks, 1, kFlowChunks);
   const int64_t size = flow_sums(p.matrices, p.dim, p.channels);
   std::vector<A> memory(chunks * size, A(0));
-  const bool by_rows = p.matrices == 1 && p.normed(1) < 0 &&
+  const bool by_rows = p.matrices == 1 && p.normed(1) < 0 && p.joined == 1 &&
                        PYNAR_SELECT_FLOW_KERNEL(takes_rows<A>)(block.step(0, coefficients));
   const int64_t grain = 1 + flow_grain(p, kFlowRows) * chunks / (blocks + 1);
   parallel_for(chunks, grain, [&](int64_t begin, int64_t end) {
@@ -491,6 +515,7 @@ void flow_linear_backward_cpu(const FlowLinearBackwardParams<T>& params) {
     }
   });
   finish_gradients(params, coefficients, FlowSums<A>(memory.data(), p.matrices, p.dim, p.channels));
+  zero_padding(p, params.grad_x);
 }
 
 #define PYNAR_FLOW_LINEAR(T)                                 \

@@ -43,14 +43,14 @@ __global__ void __launch_bounds__(kThreads) flow_copy(FlowLinearParams<T> p) {
   if (row >= p.batch * steps) return;
   const int64_t b = row / steps;
   const int64_t t = row % steps;
-  const bool live = t < p.lengths[b * p.lengths_stride];
+  const bool live = t < p.length(b);
   // Behind the last step there is nothing but a rest of the last row of `main`.
   const int64_t channels = t < p.steps ? p.channels : p.y.kept;
 #pragma unroll 4
   for (int64_t c = threadIdx.x % kWarp; c < channels; c += kWarp) {
     T value{};
-    if (live) {
-      value = *p.x.at(b, t, c);
+    if (live && p.holds(p.y, b, t, c)) {
+      if (p.holds(p.x, b, t, c)) value = *p.x.at(b, t, c);
       if (p.log_scale != nullptr) {
         const ChannelScale<A> norm(p, 0, c);
         value = from_accumulation<T>(to_accumulation(value) * norm.scale + norm.shift);
@@ -128,9 +128,9 @@ __device__ inline void load_steps(const FlowLinearParams<T>& p, const FlowRows<c
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t b = (first + r) / p.steps;
       const int64_t t = (first + r) % p.steps;
-      const bool live = t < p.lengths[b * p.lengths_stride];
-      to[r * p.channels + c] =
-          live ? to_accumulation(*from.at(b, t, c)) * norm.scale + norm.shift : A(0);
+      const bool live = t < p.length(b);
+      const A x = live && p.holds(from, b, t, c) ? to_accumulation(*from.at(b, t, c)) : A(0);
+      to[r * p.channels + c] = live ? x * norm.scale + norm.shift : A(0);
     }
   }
   __syncthreads();
@@ -143,8 +143,9 @@ __device__ inline void store_steps(const FlowLinearParams<T>& p, const accumulat
     const int64_t row = first + e / p.channels;
     const int64_t b = row / p.steps;
     const int64_t t = row % p.steps;
-    const bool live = t < p.lengths[b * p.lengths_stride];
-    *to.at(b, t, e % p.channels) = live ? from_accumulation<T>(from[e]) : T{};
+    const int64_t c = e % p.channels;
+    const bool live = t < p.length(b) && p.holds(to, b, t, c);
+    *to.at(b, t, c) = live ? from_accumulation<T>(from[e]) : T{};
   }
   __syncthreads();
 }

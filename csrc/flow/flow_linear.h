@@ -12,6 +12,10 @@
 // Without matrices there may be one log_scale and bias (actnorm), or none (squeeze); with them, one
 // for each or none. Steps t >= lengths[b] of y are zero, those of x are not read.
 //
+// Or the maps act on `joined` neighbouring steps side by side: x, or y in the inverse direction, is
+// [B, T joined, C / joined], and so are the lengths. Of the last step that is joined the parts
+// beyond them count as zero, and are zero in y.
+//
 // Gradients keep x alone: what goes into each matrix is computed again.
 #pragma once
 
@@ -20,14 +24,17 @@
 namespace pynar {
 
 // The steps of a batch, [B, T, C]; or squeezed: the first `kept` channels of `factor` neighbouring
-// steps are one row of `main`, and the others lie apart.
+// steps are one row of `main`, and the others lie apart. Or in pieces: a step is `pieces`
+// neighbouring rows of `main`.
 template <typename T>
 struct FlowRows {
-  T* main;     // [B, ceil(T / factor), factor * kept]
+  T* main;     // [B, ceil(T / factor), factor * kept], or [B, T * pieces, C / pieces]
   T* dropped;  // [B, T, C - kept]
   int64_t factor, kept;
-  int64_t main_stride_b, main_stride_t;
+  int64_t main_stride_b, main_stride_t;  // of a step, or of a joined one
   int64_t dropped_stride_b, dropped_stride_t;
+  int64_t pieces = 1;
+  int64_t piece_stride = 0;
 
   PYNAR_HOST_DEVICE T* kept_of(int64_t b, int64_t t) const {
     return main + b * main_stride_b + t / factor * main_stride_t + t % factor * kept;
@@ -36,6 +43,10 @@ struct FlowRows {
     return dropped + b * dropped_stride_b + t * dropped_stride_t;
   }
   PYNAR_HOST_DEVICE T* at(int64_t b, int64_t t, int64_t c) const {
+    if (pieces > 1) {
+      const int64_t width = kept / pieces;
+      return kept_of(b, t) + c / width * piece_stride + c % width;
+    }
     return c < kept ? kept_of(b, t) + c : dropped_of(b, t) + (c - kept);
   }
 };
@@ -56,7 +67,17 @@ struct FlowLinearParams {
   int64_t lengths_stride;
   FlowLayout layout;
   int64_t inverse;
+  int64_t joined = 1;
 
+  PYNAR_HOST_DEVICE int64_t length(int64_t b) const {
+    return (lengths[b * lengths_stride] + joined - 1) / joined;
+  }
+  // Whether a channel of a live step is no padding.
+  template <typename U>
+  PYNAR_HOST_DEVICE bool holds(const FlowRows<U>& rows, int64_t b, int64_t t, int64_t c) const {
+    return rows.pieces == 1 ||
+           t * rows.pieces + c / (rows.kept / rows.pieces) < lengths[b * lengths_stride];
+  }
   PYNAR_HOST_DEVICE bool strided(int64_t k) const {
     return layout == FlowLayout::kStrided || (layout == FlowLayout::kAlternating && k % 2 == 1);
   }

@@ -416,14 +416,15 @@ void packed_flow(const Tensor& x, const std::vector<int64_t>& kinds, const Tenso
     const View own(states + first * dim, kFloat32, {1, length, dim}, {length * dim, dim, 1});
     if (kind == kActNorm) {
       const View log_scale(numbers, kFloat32, {dim}, {1});
-      actnorm(own, length_view, log_scale, View(bias, kFloat32, {dim}, {1}), inverse, own);
+      actnorm(own, length_view, log_scale, View(bias, kFloat32, {dim}, {1}), inverse, 1, own);
       return;
     }
     const View log_scale(numbers, 1, dim);
     const View bias_view(bias, 1, dim);
     const View product(bias + dim, kFloat32, {1, matrix, matrix}, {matrix * matrix, matrix, 1});
     flow_linear("flow_linear", own, length_view, static_cast<const Tensor&>(log_scale),
-                static_cast<const Tensor&>(bias_view), product, kind - kContiguous, inverse, own);
+                static_cast<const Tensor&>(bias_view), product, kind - kContiguous, inverse, 1,
+                own);
   };
 
   in_team(count >= kRowsToShare * max_threads(), [&](const Team& team) {

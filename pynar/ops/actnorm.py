@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,14 +10,28 @@ from torch.autograd.function import once_differentiable
 from pynar import reference
 from pynar.ops import _nvrtc
 from pynar.ops._checks import Check
-from pynar.ops._flow import accumulation, check_steps, log_determinant, readable
+from pynar.ops._flow import (
+    accumulation,
+    backward_on_squeezed_steps,
+    check_map,
+    log_determinant,
+    map_sizes,
+    on_squeezed_steps,
+    readable,
+)
 from pynar.ops._operator import Operator
 
 __all__ = ["actnorm"]
 
 
 def actnorm(
-    x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, *, inverse: bool = False
+    x: Tensor,
+    lengths: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    *,
+    inverse: bool = False,
+    squeeze: int = 1,
 ) -> tuple[Tensor, Tensor]:
     r"""Scales and shifts each channel, or undoes it.
 
@@ -33,6 +48,9 @@ def actnorm(
         log_scale: `[C]`, :math:`s`, float32 (float64 for float64 `x`).
         bias: `[C]`, :math:`b`, of the same type.
         inverse: whether to undo the map.
+        squeeze: joins so many neighbouring steps first, as :func:`squeeze` does, and in the inverse
+            direction takes them apart afterwards, in the same pass: `x`, or else the result, is
+            `[B, f T, C / f]`, and `lengths` are those of its steps.
 
     Returns:
         The result, `[B, T, C]`, and the log-determinant, `[B]`, of `log_scale`'s type.
@@ -47,38 +65,46 @@ def actnorm(
         tensor([0.6931])
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, log_scale, bias)):
-        y = _Differentiable.apply(x, lengths, log_scale, bias, inverse)
+        y = _Differentiable.apply(x, lengths, log_scale, bias, inverse, squeeze)
     else:
-        y = _FORWARD(x, lengths, log_scale, bias, inverse)
-    return y, log_determinant(lengths, log_scale.sum(), inverse)
+        y = _FORWARD(x, lengths, log_scale, bias, inverse, squeeze)
+    return y, log_determinant(lengths, log_scale.sum(), inverse, squeeze)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool
+        x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool, squeeze: int
     ) -> Tensor:
-        return _FORWARD.call(x, lengths, log_scale, bias, inverse)
+        return _FORWARD.call(x, lengths, log_scale, bias, inverse, squeeze)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.inverse = inputs
+        *tensors, ctx.inverse, ctx.squeeze = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, lengths, log_scale, bias = ctx.saved_tensors
-        grads = _BACKWARD.call(grad_y, x, lengths, log_scale, bias, ctx.inverse)
-        return (grads[0], None, *grads[1:], None)
+        grads = _BACKWARD.call(grad_y, x, lengths, log_scale, bias, ctx.inverse, ctx.squeeze)
+        return (grads[0], None, *grads[1:], None, None)
 
 
 def _native(
-    extension: Any, x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool
+    extension: Any,
+    x: Tensor,
+    lengths: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    inverse: bool,
+    squeeze: int,
 ) -> Tensor:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.dim() != 3 or squeeze != 1:
+        check_map(Check("actnorm"), x, lengths, inverse, squeeze)
+    y = _fake(x, lengths, log_scale, bias, inverse, squeeze)
     plan = extension.actnorm(
-        readable(x), lengths, log_scale.contiguous(), bias.contiguous(), inverse, y
+        readable(x), lengths, log_scale.contiguous(), bias.contiguous(), inverse, squeeze, y
     )
     if plan is not None:
         _nvrtc.launch(plan)
@@ -93,56 +119,85 @@ def _backward_native(
     log_scale: Tensor,
     bias: Tensor,
     inverse: bool,
+    squeeze: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grads = (torch.empty_like(log_scale), torch.empty_like(bias))
+    grads = _backward_fake(grad_y, x, lengths, log_scale, bias, inverse, squeeze)
     workspace = None
-    if x.is_cuda and x.dim() == 3:
-        size = extension.flow_linear_backward_workspace(*x.shape, 0, 0, log_scale.element_size())
+    if x.is_cuda and x.dim() == 3 and squeeze > 0:
+        sizes = map_sizes(x, inverse, squeeze)[0]
+        size = extension.flow_linear_backward_workspace(*sizes, 0, 0, log_scale.element_size())
         workspace = log_scale.new_empty(size)
     plan = extension.actnorm_backward(
         *(readable(grad_y), readable(x), lengths, log_scale.contiguous(), bias.contiguous()),
-        *(inverse, grad_x, *grads, workspace),
+        *(inverse, squeeze, *grads, workspace),
     )
     if plan is not None:
         _nvrtc.launch(plan)
-    return grad_x, *grads
+    return grads
 
 
-def _check(check: Check, x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor) -> None:
-    check_steps(check, "x", x, lengths)
+def _check(
+    check: Check,
+    x: Tensor,
+    lengths: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    inverse: bool,
+    squeeze: int,
+) -> None:
+    _, channels = check_map(check, x, lengths, inverse, squeeze)
     for name, tensor in (("log_scale", log_scale), ("bias", bias)):
-        check.shape(name, tensor, [x.shape[2]], "channels of `x`")
+        check.shape(name, tensor, [channels], "channels of `x`")
         check.dtype(name, tensor, (accumulation(x.dtype),))
         check.device(name, tensor, "x", x)
 
 
 def _reference(
-    x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool
+    x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool, squeeze: int
 ) -> Tensor:
-    _check(Check("actnorm"), x, lengths, log_scale, bias)
-    return reference.actnorm(x, lengths, log_scale, bias, inverse=inverse)[0]
+    _check(Check("actnorm"), x, lengths, log_scale, bias, inverse, squeeze)
+
+    def run(x: Tensor, lengths: Tensor) -> Tensor:
+        return reference.actnorm(x, lengths, log_scale, bias, inverse=inverse)[0]
+
+    return on_squeezed_steps(run, x, lengths, inverse, squeeze)
 
 
 def _backward_reference(
-    grad_y: Tensor, x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool
+    grad_y: Tensor,
+    x: Tensor,
+    lengths: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    inverse: bool,
+    squeeze: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(Check("actnorm_backward"), x, lengths, log_scale, bias)
-    return reference.actnorm_backward(grad_y, x, lengths, log_scale, bias, inverse)
+    _check(Check("actnorm_backward"), x, lengths, log_scale, bias, inverse, squeeze)
+    run = functools.partial(reference.actnorm_backward, log_scale=log_scale, bias=bias)
+    return backward_on_squeezed_steps(run, grad_y, x, lengths, inverse, squeeze)  # type: ignore[return-value]
 
 
-def _fake(x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool) -> Tensor:
-    return x.new_empty(x.shape)
+def _fake(
+    x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool, squeeze: int
+) -> Tensor:
+    return x.new_empty(map_sizes(x, inverse, squeeze)[1])
 
 
 def _backward_fake(
-    grad_y: Tensor, x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool
+    grad_y: Tensor,
+    x: Tensor,
+    lengths: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    inverse: bool,
+    squeeze: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), log_scale.new_empty(log_scale.shape), bias.new_empty(bias.shape)
 
 
 _FORWARD = Operator(
-    "actnorm(Tensor x, Tensor lengths, Tensor log_scale, Tensor bias, bool inverse) -> Tensor",
+    "actnorm(Tensor x, Tensor lengths, Tensor log_scale, Tensor bias, bool inverse, "
+    "int squeeze) -> Tensor",
     native=_native,
     reference=_reference,
     fake=_fake,
@@ -150,7 +205,7 @@ _FORWARD = Operator(
 
 _BACKWARD = Operator(
     "actnorm_backward(Tensor grad_y, Tensor x, Tensor lengths, Tensor log_scale, Tensor bias, "
-    "bool inverse) -> (Tensor, Tensor, Tensor)",
+    "bool inverse, int squeeze) -> (Tensor, Tensor, Tensor)",
     native=_backward_native,
     reference=_backward_reference,
     fake=_backward_fake,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,15 @@ from torch.autograd.function import once_differentiable
 from pynar import reference
 from pynar.ops import _nvrtc
 from pynar.ops._checks import Check
-from pynar.ops._flow import accumulation, check_steps, log_determinant, readable
+from pynar.ops._flow import (
+    accumulation,
+    backward_on_squeezed_steps,
+    check_map,
+    log_determinant,
+    map_sizes,
+    on_squeezed_steps,
+    readable,
+)
 from pynar.ops._operator import Operator
 from pynar.ops.batched_logdet import batched_logdet
 
@@ -28,6 +37,7 @@ def flow_linear(
     layout: str = "alternating",
     inverse: bool = False,
     factors: tuple[Tensor, Tensor] | None = None,
+    squeeze: int = 1,
 ) -> tuple[Tensor, Tensor]:
     r"""Applies :math:`K` steps of :func:`actnorm` and :func:`head_linear`, all in one pass.
 
@@ -53,6 +63,9 @@ def flow_linear(
             and strided ones in between, as in FlowSeq (Ma et al., 2019).
         inverse: whether to undo the map.
         factors: what :func:`batched_logdet` returned for `weight`, if it is at hand.
+        squeeze: joins so many neighbouring steps first, as :func:`squeeze` does, and in the inverse
+            direction takes them apart afterwards, in the same pass: `x`, or else the result, is
+            `[B, f T, C / f]`, and `lengths` are those of its steps.
 
     Returns:
         The result, `[B, T, C]`, and the log-determinant, `[B]`, of `weight`'s type.
@@ -73,10 +86,12 @@ def flow_linear(
     check.dims("weight", weight, 3, "[K, d, d]")
     logdet, inverses = batched_logdet(weight) if factors is None else factors
     matrices = inverses if inverse else weight
-    y = head_products("flow_linear", x, lengths, log_scale, bias, matrices, layout, inverse)
-    heads = x.shape[2] // weight.shape[2]
+    y = head_products(
+        "flow_linear", x, lengths, log_scale, bias, matrices, layout, inverse, squeeze
+    )
+    heads = map_sizes(x, inverse, squeeze)[0][2] // weight.shape[2]
     by_step = log_scale.sum() + heads * logdet.sum()
-    return y, log_determinant(lengths, by_step, inverse)
+    return y, log_determinant(lengths, by_step, inverse, squeeze)
 
 
 def head_products(
@@ -88,6 +103,7 @@ def head_products(
     weight: Tensor,
     layout: str,
     inverse: bool,
+    squeeze: int = 1,
 ) -> Tensor:
     """The first result of :func:`flow_linear`, for the operator `name`.
 
@@ -96,8 +112,8 @@ def head_products(
     """
     parameters = (x, log_scale, bias, weight)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in parameters):
-        return _Differentiable.apply(name, *parameters, lengths, layout, inverse)
-    return _FORWARD.call(name, x, lengths, log_scale, bias, weight, layout, inverse)
+        return _Differentiable.apply(name, *parameters, lengths, layout, inverse, squeeze)
+    return _FORWARD.call(name, x, lengths, log_scale, bias, weight, layout, inverse, squeeze)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -111,12 +127,13 @@ class _Differentiable(torch.autograd.Function):
         lengths: Tensor,
         layout: str,
         inverse: bool,
+        squeeze: int,
     ) -> Tensor:
-        return _FORWARD.call(name, x, lengths, log_scale, bias, weight, layout, inverse)
+        return _FORWARD.call(name, x, lengths, log_scale, bias, weight, layout, inverse, squeeze)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.name, *tensors, ctx.layout, ctx.inverse = inputs
+        ctx.name, *tensors, ctx.layout, ctx.inverse, ctx.squeeze = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -124,10 +141,11 @@ class _Differentiable(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, log_scale, bias, weight, lengths = ctx.saved_tensors
         grad_x, *grads, grad_weight = _BACKWARD.call(
-            ctx.name, grad_y, x, lengths, log_scale, bias, weight, ctx.layout, ctx.inverse
+            *(ctx.name, grad_y, x, lengths, log_scale, bias, weight),
+            *(ctx.layout, ctx.inverse, ctx.squeeze),
         )
         by_channel = grads if log_scale is not None else (None, None)
-        return (None, grad_x, *by_channel, grad_weight, None, None, None)
+        return (None, grad_x, *by_channel, grad_weight, None, None, None, None)
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -144,11 +162,14 @@ def _native(
     weight: Tensor,
     layout: str,
     inverse: bool,
+    squeeze: int,
 ) -> Tensor:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.dim() != 3 or squeeze != 1:
+        check_map(Check(name), x, lengths, inverse, squeeze)
+    y = _fake(name, x, lengths, log_scale, bias, weight, layout, inverse, squeeze)
     parameters = _contiguous(log_scale, bias, weight)
     plan = extension.flow_linear(
-        name, readable(x), lengths, *parameters, LAYOUTS.index(layout), inverse, y
+        name, readable(x), lengths, *parameters, LAYOUTS.index(layout), inverse, squeeze, y
     )
     if plan is not None:
         _nvrtc.launch(plan)
@@ -166,18 +187,21 @@ def _backward_native(
     weight: Tensor,
     layout: str,
     inverse: bool,
+    squeeze: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = _backward_fake(name, grad_y, x, lengths, log_scale, bias, weight, layout, inverse)
+    grads = _backward_fake(
+        name, grad_y, x, lengths, log_scale, bias, weight, layout, inverse, squeeze
+    )
     parameters = _contiguous(log_scale, bias, weight)
     workspace = None
-    if x.is_cuda and x.dim() == 3 and weight.dim() == 3:
+    if x.is_cuda and x.dim() == 3 and weight.dim() == 3 and squeeze > 0:
         size = extension.flow_linear_backward_workspace(
-            *x.shape, *weight.shape[:2], weight.element_size()
+            *map_sizes(x, inverse, squeeze)[0], *weight.shape[:2], weight.element_size()
         )
         workspace = weight.new_empty(size)
     plan = extension.flow_linear_backward(
         *(name, readable(grad_y), readable(x), lengths, *parameters, LAYOUTS.index(layout)),
-        *(inverse, *grads, workspace),
+        *(inverse, squeeze, *grads, workspace),
     )
     if plan is not None:
         _nvrtc.launch(plan)
@@ -191,10 +215,12 @@ def _check(
     log_scale: Tensor | None,
     bias: Tensor | None,
     weight: Tensor,
+    inverse: bool,
+    squeeze: int,
 ) -> None:
-    check_steps(check, "x", x, lengths)
+    _, channels = check_map(check, x, lengths, inverse, squeeze)
     check.dims("weight", weight, 3, "[K, d, d]")
-    steps, dim, channels = len(weight), weight.shape[1], x.shape[2]
+    steps, dim = len(weight), weight.shape[1]
     check.shape("weight", weight, [steps, dim, dim], "a square matrix a step")
     if dim == 0 or channels % dim != 0:
         check.fail("weight", f"be of a size that divides the {channels} channels of `x`", dim)
@@ -216,9 +242,14 @@ def _reference(
     weight: Tensor,
     layout: str,
     inverse: bool,
+    squeeze: int,
 ) -> Tensor:
-    _check(Check(name), x, lengths, log_scale, bias, weight)
-    return reference.flow_linear_map(x, lengths, log_scale, bias, weight, layout, inverse)
+    _check(Check(name), x, lengths, log_scale, bias, weight, inverse, squeeze)
+
+    def run(x: Tensor, lengths: Tensor) -> Tensor:
+        return reference.flow_linear_map(x, lengths, log_scale, bias, weight, layout, inverse)
+
+    return on_squeezed_steps(run, x, lengths, inverse, squeeze)
 
 
 def _backward_reference(
@@ -231,11 +262,12 @@ def _backward_reference(
     weight: Tensor,
     layout: str,
     inverse: bool,
+    squeeze: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(Check(f"{name}_backward"), x, lengths, log_scale, bias, weight)
-    return reference.flow_linear_map_backward(
-        grad_y, x, lengths, log_scale, bias, weight, layout, inverse
-    )
+    _check(Check(f"{name}_backward"), x, lengths, log_scale, bias, weight, inverse, squeeze)
+    parameters = {"log_scale": log_scale, "bias": bias, "weight": weight, "layout": layout}
+    run = functools.partial(reference.flow_linear_map_backward, **parameters)  # type: ignore[arg-type]
+    return backward_on_squeezed_steps(run, grad_y, x, lengths, inverse, squeeze)  # type: ignore[return-value]
 
 
 def _fake(
@@ -247,8 +279,9 @@ def _fake(
     weight: Tensor,
     layout: str,
     inverse: bool,
+    squeeze: int,
 ) -> Tensor:
-    return x.new_empty(x.shape)
+    return x.new_empty(map_sizes(x, inverse, squeeze)[1])
 
 
 def _backward_fake(
@@ -261,8 +294,11 @@ def _backward_fake(
     weight: Tensor,
     layout: str,
     inverse: bool,
+    squeeze: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    channels = (0, x.shape[2]) if log_scale is None else log_scale.shape
+    channels = (
+        log_scale.shape if log_scale is not None else (0, map_sizes(x, inverse, squeeze)[0][2])
+    )
     return (
         x.new_empty(x.shape),
         weight.new_empty(channels),
@@ -273,7 +309,7 @@ def _backward_fake(
 
 _FORWARD = Operator(
     "flow_linear(str name, Tensor x, Tensor lengths, Tensor? log_scale, Tensor? bias, "
-    "Tensor weight, str layout, bool inverse) -> Tensor",
+    "Tensor weight, str layout, bool inverse, int squeeze) -> Tensor",
     native=_native,
     reference=_reference,
     fake=_fake,
@@ -281,7 +317,8 @@ _FORWARD = Operator(
 
 _BACKWARD = Operator(
     "flow_linear_backward(str name, Tensor grad_y, Tensor x, Tensor lengths, Tensor? log_scale, "
-    "Tensor? bias, Tensor weight, str layout, bool inverse) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? bias, Tensor weight, str layout, bool inverse, int squeeze) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     native=_backward_native,
     reference=_backward_reference,
     fake=_backward_fake,

@@ -43,8 +43,10 @@ std::unique_ptr<T[]> poisoned(int64_t count) {
 }
 
 template <typename T, typename U>
-FlowRows<T> rows_of(const std::unique_ptr<U[]>& x, int64_t steps, int64_t channels) {
-  return {x.get(), nullptr, 1, channels, steps * channels, channels, 0, 0};
+FlowRows<T> rows_of(const std::unique_ptr<U[]>& x, int64_t steps, int64_t channels,
+                    int64_t pieces = 1) {
+  return {x.get(), nullptr, 1, channels, steps * channels, channels, 0, 0, pieces,
+          channels / pieces};
 }
 
 template <typename T>
@@ -58,6 +60,7 @@ void run_chain(const Arguments& a) {
   p.dim = a.numbers[4];
   p.layout = static_cast<FlowLayout>(a.numbers[5]);
   p.inverse = a.numbers[6];
+  p.joined = a.numbers[8];
   const int64_t size = p.batch * p.steps * p.channels;
   const int64_t normed = a.numbers[7] * p.channels;
   const int64_t weights = p.matrices * p.dim * p.dim;
@@ -72,8 +75,11 @@ void run_chain(const Arguments& a) {
   const auto grad_log_scale = poisoned<A>(normed);
   const auto grad_bias = poisoned<A>(normed);
   const auto grad_weight = poisoned<A>(weights);
-  p.x = rows_of<const T>(x, p.steps, p.channels);
-  p.y = rows_of<T>(y, p.steps, p.channels);
+  // Numbers of either side lie the same way: of joined steps one after the other.
+  const int64_t of_x = p.inverse ? 1 : p.joined;
+  const int64_t of_y = p.inverse ? p.joined : 1;
+  p.x = rows_of<const T>(x, p.steps, p.channels, of_x);
+  p.y = rows_of<T>(y, p.steps, p.channels, of_y);
   p.lengths = lengths.get();
   p.lengths_stride = 1;
   p.log_scale = normed > 0 ? log_scale.get() : nullptr;
@@ -89,8 +95,8 @@ void run_chain(const Arguments& a) {
   const auto states = poisoned<A>(parts * (p.matrices + 1) * block_rows * p.channels);
   FlowLinearBackwardParams<T> b{};
   b.forward = p;
-  b.grad_y = rows_of<const T>(grad_y, p.steps, p.channels);
-  b.grad_x = rows_of<T>(grad_x, p.steps, p.channels);
+  b.grad_y = rows_of<const T>(grad_y, p.steps, p.channels, of_y);
+  b.grad_x = rows_of<T>(grad_x, p.steps, p.channels, of_x);
   b.grad_log_scale = grad_log_scale.get();
   b.grad_bias = grad_bias.get();
   b.grad_weight = grad_weight.get();

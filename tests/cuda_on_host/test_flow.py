@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from pynar import reference
+from pynar.ops._operator import OPERATORS
 from pynar.testing import tolerance
 from tests.cuda_on_host.files import read, write
 from tests.ops.flow_checks import DTYPES, accumulation, make_steps, without_padding
 from tests.ops.test_flow_linear import make_parameters
+from tests.ops.test_squeezed_maps import make_input
 
 LAYOUTS = ("contiguous", "strided", "alternating")
 
@@ -89,7 +91,7 @@ def test_chains_match_reference(
     inputs |= {"log_scale": log_scale[:normed], "bias": bias[:normed]}
     like = {"y": x, "grad_x": x, "grad_weight": weight}
     like |= {"grad_log_scale": log_scale[:normed], "grad_bias": bias[:normed]}
-    numbers = (*shape, matrices, dim, LAYOUTS.index(layout), inverse, normed)
+    numbers = (*shape, matrices, dim, LAYOUTS.index(layout), inverse, normed, 1)
     y, grad_x, *grads = runner("chain", dtype, inputs, numbers, like)
     if matrices == 0:
         want = reference.actnorm(x, lengths, log_scale[0], bias[0], inverse=inverse)[0]
@@ -105,6 +107,38 @@ def test_chains_match_reference(
     for got, wanted_grad in zip((grad_x, *grads), want_grads, strict=True):
         if got.numel():
             assert_close(got, wanted_grad, 4.0)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(
+    ("matrices", "factor", "dtype"),
+    [(0, 2, torch.float32), (0, 3, torch.bfloat16), (2, 2, torch.float32), (1, 3, torch.float64)],
+)
+def test_maps_of_squeezed_steps_match_reference(
+    runner: Runner, matrices: int, factor: int, inverse: bool, dtype: torch.dtype
+) -> None:
+    x, lengths, channels = make_input(inverse, factor, dtype)
+    grad_y, _, _ = make_input(not inverse, factor, dtype)
+    dim, steps = 4, x.shape[1] if inverse else x.shape[1] // factor
+    log_scale, bias, weight = make_parameters(max(matrices, 1), channels, dim, dtype)
+    weight = weight[:matrices]
+    inputs = {"x": x, "grad_y": grad_y, "lengths": lengths, "weight": weight}
+    inputs |= {"log_scale": log_scale, "bias": bias}
+    like = {"y": grad_y, "grad_x": x, "grad_weight": weight}
+    like |= {"grad_log_scale": log_scale, "grad_bias": bias}
+    numbers = (5, steps, channels, matrices, dim, 2, inverse, len(log_scale), factor)
+    y, grad_x, grad_weight, *grads = runner("chain", dtype, inputs, numbers, like)
+    if matrices == 0:
+        arguments = lengths, log_scale[0], bias[0], inverse, factor
+        want = OPERATORS["actnorm"].reference(x, *arguments)
+        wanted = [*OPERATORS["actnorm_backward"].reference(grad_y, x, *arguments), weight]
+    else:
+        chain = lengths, log_scale, bias, weight, "alternating", inverse, factor
+        want = OPERATORS["flow_linear"].reference("f", x, *chain)
+        wanted = [*OPERATORS["flow_linear_backward"].reference("f", grad_y, x, *chain)]
+    for got, wanted_one in zip((y, grad_x, *grads, grad_weight), (want, *wanted), strict=True):
+        if got.numel():
+            assert_close(got, wanted_one.view_as(got), 4.0)
 
 
 @pytest.mark.parametrize(

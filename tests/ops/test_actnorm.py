@@ -139,9 +139,9 @@ def test_nothing_to_do(shape: tuple[int, ...], device: torch.device) -> None:
 def test_registered_rightly(device: torch.device) -> None:
     x, lengths = make_steps(3, 4, 5, device=device)
     x, parameters = without_padding(x, lengths), make_parameters(5, device=device)
-    torch.library.opcheck(torch.ops.pynar.actnorm.default, (x, lengths, *parameters, False))
+    torch.library.opcheck(torch.ops.pynar.actnorm.default, (x, lengths, *parameters, False, 1))
     torch.library.opcheck(
-        torch.ops.pynar.actnorm_backward.default, (x, x, lengths, *parameters, True)
+        torch.ops.pynar.actnorm_backward.default, (x, x, lengths, *parameters, True, 1)
     )
 
 

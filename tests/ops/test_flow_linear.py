@@ -222,7 +222,7 @@ def test_registered_rightly(device: torch.device) -> None:
     x, lengths = make_steps(3, 4, 8, device=device)
     x, parameters = without_padding(x, lengths), make_parameters(2, 8, 4, device=device)
     for parts in (parameters, (None, None, parameters[2])):
-        arguments = (lengths, *parts, "alternating", True)
+        arguments = (lengths, *parts, "alternating", True, 1)
         torch.library.opcheck(torch.ops.pynar.flow_linear.default, ("f", x, *arguments))
         backward = torch.ops.pynar.flow_linear_backward.default
         torch.library.opcheck(backward, ("f", x, x, *arguments))
