@@ -24,6 +24,7 @@ from pynar.ops import (
     flow_linear,
     interval_attention,
     padding_intervals,
+    squeeze,
     squeeze_split,
     unsqueeze_join,
 )
@@ -110,15 +111,21 @@ class _Context:
 
 
 class ActNorm(nn.Module):
-    """An affine map of each channel, see `pynar.ops.actnorm`."""
+    """An affine map of each channel, see `pynar.ops.actnorm`.
+
+    With `squeeze`, of so many steps of the level below side by side.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(torch.empty(dim).normal_(std=0.05))
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, context: _Context, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        return actnorm(x, context.whole.lengths, self.log_scale, self.bias, inverse=inverse)
+    def forward(
+        self, x: Tensor, context: _Context, inverse: bool = False, squeeze: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        lengths = context.whole.lengths * squeeze if squeeze > 1 else context.whole.lengths
+        return actnorm(x, lengths, self.log_scale, self.bias, inverse=inverse, squeeze=squeeze)
 
     @torch.no_grad()
     def fit(self, x: Tensor, lengths: Tensor) -> None:
@@ -143,18 +150,21 @@ class ActNormLinear(ActNorm):
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(width, width)))
         self.layout, self.number = layout, number
 
-    def forward(self, x: Tensor, context: _Context, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, context: _Context, inverse: bool = False, squeeze: int = 1
+    ) -> tuple[Tensor, Tensor]:
         here = slice(self.number, self.number + 1)
         logdet, inverses = context.factors
         return flow_linear(
             x,
-            context.whole.lengths,
+            context.whole.lengths * squeeze if squeeze > 1 else context.whole.lengths,
             self.log_scale[None],
             self.bias[None],
             self.weight[None],
             layout=self.layout,
             inverse=inverse,
             factors=(logdet[here], inverses[here]),
+            squeeze=squeeze,
         )
 
 
@@ -504,12 +514,16 @@ class Flow(nn.Module):
         totals = [x.new_zeros(len(x)) for _ in contexts]
         left: list[Tensor] = []
         for number, (level, context) in enumerate(zip(self.levels, contexts, strict=True)):
-            for one in level:  # type: ignore[attr-defined]
-                x, logdet = one(x, context)
-                totals[number] = totals[number] + logdet
-            if context is not contexts[-1]:
-                x, dropped, _ = squeeze_split(x, context.whole.lengths, self.dim // 2)
+            options = {}
+            if number > 0:
+                # A level begins with a map of channels, which squeezes the steps as it reads them.
+                x, dropped = x.chunk(2, -1)
                 left.append(dropped)
+                options = {"squeeze": 2}
+            for one in level:  # type: ignore[attr-defined]
+                x, logdet = one(x, context, **options)
+                totals[number] = totals[number] + logdet
+                options = {}
         for dropped, context in zip(reversed(left), reversed(contexts[:-1]), strict=True):
             x = unsqueeze_join(x, dropped, context.whole.lengths)
         return x, torch.stack(totals, 1)
@@ -522,11 +536,12 @@ class Flow(nn.Module):
             left.append(dropped)
         levels = [*enumerate(zip(self.levels, contexts, strict=True))]
         for number, (level, context) in reversed(levels):
-            if context is not contexts[-1]:
-                x = unsqueeze_join(x, left.pop(), context.whole.lengths)
             for one in reversed(level):  # type: ignore[call-overload]
-                x, logdet = one(x, context, inverse=True)
+                options = {"squeeze": 2} if number > 0 and one is level[0] else {}  # type: ignore[index]
+                x, logdet = one(x, context, inverse=True, **options)
                 totals[number] = totals[number] + logdet
+            if number > 0:
+                x = torch.cat([x, left.pop()], -1)
         return x, torch.stack(totals, 1)
 
     @torch.no_grad()
@@ -540,9 +555,12 @@ class Flow(nn.Module):
         multiplication by sigmoid(2), others as the identity.
         """
 
-        def fit(module: ActNorm, arguments: tuple[Tensor, _Context]) -> None:
+        def fit(
+            module: ActNorm, arguments: tuple[Tensor, _Context], options: dict[str, int]
+        ) -> None:
             x, context = arguments
-            module.fit(x, context.whole.lengths)
+            factor = options.get("squeeze", 1)
+            module.fit(*squeeze(x, context.whole.lengths * factor, factor))
 
         handles = []
         for module in self.modules():
@@ -550,7 +568,7 @@ class Flow(nn.Module):
                 module.gain.zero_()
                 module.bias.zero_()
             elif isinstance(module, ActNorm):
-                handles.append(module.register_forward_pre_hook(fit))
+                handles.append(module.register_forward_pre_hook(fit, with_kwargs=True))
         try:
             self(z, lengths, keys_values, source_lengths)
         finally:
