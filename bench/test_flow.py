@@ -136,15 +136,23 @@ class _Zuko:
         return self.affine(x, shift, F.logsigmoid(raw + 2))
 
 
-def _flow(steps: Callable[..., Any], split: Callable[..., Any]) -> Callable[..., Any]:
+def _flow(steps: Callable[..., Any], split: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """Without a `split` steps squeeze what they are given in their own pass."""
+
     def forward(x: Tensor, lengths: Tensor, *parameters: Tensor) -> list[Tensor]:
-        results, total = [], x.new_zeros(len(lengths))
+        results, total, options = [], x.new_zeros(len(lengths)), {}
         for level in range(len(LEVELS)):
-            x, logdet = steps(x, lengths, *parameters[3 * level : 3 * level + 3])
+            x, logdet = steps(x, lengths, *parameters[3 * level : 3 * level + 3], **options)
             total = total + logdet
-            if level + 1 < len(LEVELS):
+            if level + 1 == len(LEVELS):
+                break
+            if split is not None:
                 x, dropped, lengths = split(x, lengths)
-                results.append(dropped)
+            else:
+                lengths = lengths // options.get("squeeze", 1)
+                x, dropped = x.chunk(2, -1)
+                options = {"squeeze": 2}
+            results.append(dropped)
         return [*results, x, total]
 
     def both(x: Tensor, lengths: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -159,7 +167,10 @@ def _flow(steps: Callable[..., Any], split: Callable[..., Any]) -> Callable[...,
 
 
 FLOWS = {
-    "pynar": _flow(ops.flow_linear, lambda x, n: ops.squeeze_split(x, n, x.shape[2] // 2)),
+    "pynar": _flow(ops.flow_linear),
+    "pynar, squeeze apart": _flow(
+        ops.flow_linear, lambda x, n: ops.squeeze_split(x, n, x.shape[2] // 2)
+    ),
     "pynar, one call a map": _flow(
         _single_steps, lambda x, n: ops.squeeze_split(x, n, x.shape[2] // 2)
     ),
