@@ -39,6 +39,9 @@ class TrainingConfig:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # auto: see `devices.precision_on`
+    # What the processes of `torchrun` have in common: "ddp", everything; "fsdp", a share each of
+    # weights, gradients and optimizer (FSDP2), put together where the whole is needed.
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
     deterministic: bool = True
 
@@ -79,6 +82,8 @@ class TrainingConfig:
         for name in ("seed", "warmup_updates", "warmup_init", "min_lr", "weight_decay"):
             if not (value := getattr(self, name)) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {value}")
+        if self.parallel == "fsdp" and self.precision == "fp16":
+            raise ValueError("`precision` must be fp32 or bf16 with `parallel: fsdp`, got 'fp16'")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"`betas` must be in [0, 1), got {list(self.betas)}")
         if self.schedule in ("inverse_sqrt", "noam") and self.warmup_updates < 1:

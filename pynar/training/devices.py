@@ -15,7 +15,10 @@ from typing import Any, Literal
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from pynar.training.config import TrainingConfig
@@ -47,19 +50,39 @@ def make_fabric(config: TrainingConfig) -> Fabric:
         settings["plugins"] = [MixedPrecision(MIXED[precision], device=accelerator)]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Fabric(devices=1, **settings)
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    # Buffers are constants here. The name of the option changed with PyTorch 2.13.
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {name: False}
-    strategy = DDPStrategy(**options)
-    nodes = int(os.environ["WORLD_SIZE"]) // local
-    fabric = Fabric(devices=local, num_nodes=nodes, strategy=strategy, **settings)
+    local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    strategy = _ddp() if config.parallel == "ddp" else _fsdp(world)
+    fabric = Fabric(devices=local, num_nodes=world // local, strategy=strategy, **settings)
     fabric.launch()
     # While the interpreter still runs: a thread of gloo that frees a tensor known to Python after
     # that ends the process with SIGABRT. Fabric does this for NCCL alone.
     atexit.register(leave_process_group)
     return fabric
+
+
+def _ddp() -> DDPStrategy:
+    # Buffers are constants here. The name of the option changed with PyTorch 2.13.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {name: False}
+    return DDPStrategy(**options)
+
+
+def _fsdp(processes: int) -> ModelParallelStrategy:
+    return ModelParallelStrategy(_shard, data_parallel_size=processes, tensor_parallel_size=1)
+
+
+def _shard(module: Any, mesh: DeviceMesh) -> nn.Module:
+    """Leaves each process its share of every parameter.
+
+    All parameters are one group: our models run layers by their weights, past the modules whose
+    calls would gather a layer's alone.
+    """
+    module.to(mesh.device_type)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            torch.distributed.broadcast(parameter, 0)
+    return fully_shard(module, mesh=mesh["data_parallel"])
 
 
 def leave_process_group() -> None:

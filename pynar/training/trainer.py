@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 from pynar import checkpoint
 from pynar.checkpoint import TrainingState
@@ -219,7 +219,8 @@ class _Trainer:
             if entered or last or self._checkpoint_due():
                 self._save()
                 saved = progress.update
-        if saved != progress.update or not self.directory.updates():
+        # What the first process has written others may not see yet; all of them save together.
+        if saved != progress.update or self.fabric.broadcast(not self.directory.updates()):
             self._save()
         return self._finish()
 
@@ -290,11 +291,14 @@ class _Trainer:
 
     def _save(self) -> None:
         self._checkpoint_time = time.monotonic()
-        if not self.fabric.is_global_zero:
-            return
+        state = self.updater.state()
+        with self.updater.whole():
+            if self.fabric.is_global_zero:
+                self._write(*state)
+
+    def _write(self, tensors: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
         progress = self.progress
         self.report.pause()
-        tensors, optimizer = self.updater.state()
         values = {
             "progress": dataclasses.asdict(progress),
             "optimizer": optimizer,
@@ -327,7 +331,7 @@ class _Trainer:
         self.fabric.barrier()
         return TrainingResult(
             update=progress.update,
-            skipped=self.updater.state()[1]["skipped"],
+            skipped=self.updater.skipped(),
             best_update=best[0] if best else None,
             best_score=progress.best[0][0] if best else None,
             last=directory.path / "last",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from pynar.training.config import TrainingConfig
 from pynar.training.schedule import learning_rate
 from pynar.training.seeds import PREPARATION, TRAINING, seed_device, seeds
+from pynar.training.shards import Shards
 
 __all__ = ["Losses", "Opaque", "Summary", "Updater", "make_optimizer"]
 
@@ -41,14 +44,14 @@ class Losses(nn.Module):
         return self.model(opaque.example)
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter.
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters.
 
     Fused, because that kernel alone can skip a step by a flag on the device, without the host
     waiting for the gradients in order to decide.
     """
     return torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        parameters,
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -88,10 +91,19 @@ class Updater:
         self._fabric, self._config = fabric, config
         self.model = cast(Any, model)  # has more than a module, see `pynar.training.train`
         self.terms = sorted(self.model.loss_weights)
-        self.optimizer = make_optimizer(model, config)
         compiled: Any = torch.compile(model, dynamic=True) if config.compile else model
-        self.module, self._stepper = fabric.setup(Losses(compiled), self.optimizer)
-        self._parameters = self.optimizer.param_groups[0]["params"]
+        root: Any = Losses(compiled)
+        self.module = fabric.setup_module(root)
+        # What is trained here, by name: all of it, or this process's shares.
+        self._shards = Shards(root, model) if isinstance(root, FSDPModule) else None
+        self._own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if self._shards is not None:
+            self._own = self._shards.own
+        self.optimizer = make_optimizer(self._own.values(), config)
+        # Fabric adds nothing to the optimizer but the scaler of fp16.
+        self._stepper: Any = self.optimizer
+        if self._shards is None:
+            self._stepper = fabric.setup_optimizers(self.optimizer)
         self._generator = torch.Generator(fabric.device)
         self._scaler = getattr(fabric.strategy.precision, "scaler", None)
         weights = [self.model.loss_weights[term] for term in self.terms]
@@ -100,6 +112,16 @@ class Updater:
         self._norm, self._streak, self._skipped = torch.zeros(3, device=fabric.device).unbind()
         self._tokens = 0
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Has the model hold all of its weights meanwhile; all processes must enter it together.
+
+        For what uses the model outside of `self.forward`. Where nothing is sharded it holds them
+        anyway.
+        """
+        with nullcontext() if self._shards is None else self._shards.whole():
+            yield
+
     def settle(self, batch: Any) -> None:
         """Lets DDP settle how it groups the gradients; to be called once, with any fixed batch.
 
@@ -107,7 +129,7 @@ class Updater:
         processes add a gradient up depends on its group: without this pass, the first update
         after resuming would differ in the last bits from that of an uninterrupted run.
         """
-        if self._fabric.world_size == 1:
+        if self._fabric.world_size == 1 or self._shards is not None:
             return
         with torch.no_grad():
             buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
@@ -165,10 +187,15 @@ class Updater:
         noise, other = seeds(self._config.seed, PREPARATION, number, self._fabric.global_rank, 0)
         seed_device(self._fabric.device, other)
         batch = batch.to(self._fabric.device)
-        if begin(number, batch, self._generator.manual_seed(noise)) and self._fabric.world_size > 1:
-            with torch.no_grad():
-                for parameter in self.model.parameters():
+        made: dict[str, nn.Parameter] = {}
+        with self.whole(), torch.no_grad():
+            changed = begin(number, batch, self._generator.manual_seed(noise))
+            if changed and self._fabric.world_size > 1:
+                made = dict(self.model.named_parameters())
+                for parameter in made.values():
                     torch.distributed.broadcast(parameter, 0)
+        if self._shards is not None:
+            self._shards.keep(made)
 
     def _weights_at(self, number: int) -> Tensor:
         """The weight of every term in an update, `[terms]`; constant for most models."""
@@ -212,11 +239,15 @@ class Updater:
         """Clips and steps where the gradient is finite; returns whether it was."""
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._shards is not None:
+            self._shards.take_gradients()
+        parameters = self._own.values()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self._shards is not None:
+            norm = self.reduce(norm.square()).sqrt()
         done = norm.isfinite()
         if self._config.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._config.clip_norm, norm)
         # The flag of the fused optimizer by which a gradient scaler, too, skips a step.
         self.optimizer.found_inf = (~done).float()  # type: ignore[attr-defined]
         self._stepper.step()
@@ -229,6 +260,10 @@ class Updater:
     def streak(self) -> int:
         """How many updates in a row were skipped up to now; waits for the device."""
         return int(self._streak)
+
+    def skipped(self) -> int:
+        """How many updates were skipped since training began; waits for the device."""
+        return int(self._skipped)
 
     def summary(self) -> Summary:
         """Reads the figures since the last call; this is where the host waits for the device."""
@@ -255,21 +290,25 @@ class Updater:
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What resuming needs, as tensors and as plain values."""
-        tensors = {}
-        for name, parameter in self.model.named_parameters():
-            for kind, tensor in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{kind}/{name}"] = tensor.contiguous()
+        """What resuming needs, as tensors and as plain values; all processes must ask together."""
+        tensors: dict[str, Tensor] = {}
+        states = {name: self.optimizer.state.get(own, {}) for name, own in self._own.items()}
+        for kind in sorted({kind for state in states.values() for kind in state}):
+            found = {name: state[kind] for name, state in states.items() if kind in state}
+            if self._shards is not None and kind != "step":
+                found = self._shards.gather(found)
+            tensors |= {f"{kind}/{name}": tensor.contiguous() for name, tensor in found.items()}
         scaler = self._scaler.state_dict() if self._scaler is not None else {}
-        return tensors, {"skipped": int(self._skipped), "streak": int(self._streak), **scaler}
+        return tensors, {"skipped": self.skipped(), "streak": self.streak(), **scaler}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Continues from what `state` returned."""
-        parameters = dict(self.model.named_parameters())
         for key, tensor in tensors.items():
             kind, name = key.split("/", 1)
-            parameter = parameters[name]
-            self.optimizer.state[parameter][kind] = tensor.to(parameter.device)
+            if self._shards is not None and kind != "step":
+                tensor = self._shards.cut(name, tensor).clone()
+            own = self._own[name]
+            self.optimizer.state[own][kind] = tensor.to(own.device)
         self._skipped.fill_(values["skipped"])
         self._streak.fill_(values["streak"])
         if self._scaler is not None and "scale" in values:

@@ -71,7 +71,7 @@ class Validator:
         try:
             with torch.no_grad():
                 losses, more = self._losses(updater)
-                bleu = self._bleu(updater.model) if self._translate is not None else None
+                bleu = self._bleu(updater) if self._translate is not None else None
         finally:
             updater.module.train()
         weights = updater.model.loss_weights
@@ -90,15 +90,17 @@ class Validator:
             example = updater.model.corrupt(batch.to(device), generator.manual_seed(noise))
             totals[0] += updater.forward(example)
             totals[1] += updater.counts(example)
-            if i == 0 and self._fabric.is_global_zero:
-                diagnose = getattr(updater.model, "diagnose", None)
-                more = {} if diagnose is None else diagnose(example)
+            diagnose = getattr(updater.model, "diagnose", None)
+            if i == 0 and diagnose is not None:
+                with updater.whole():
+                    more = diagnose(example) if self._fabric.is_global_zero else {}
         sums, counts = updater.reduce(totals).tolist()
         means = [s / c if c else math.nan for s, c in zip(sums, counts, strict=True)]
         return dict(zip(updater.terms, means, strict=True)), more
 
-    def _bleu(self, model: nn.Module) -> float:
-        bleu = self._measure(model) if self._fabric.is_global_zero else 0.0
+    def _bleu(self, updater: Updater) -> float:
+        with updater.whole():
+            bleu = self._measure(updater.model) if self._fabric.is_global_zero else 0.0
         return self._fabric.broadcast(bleu)
 
     def _measure(self, model: nn.Module) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ddp_worker import QUIET, UPDATES, Replayed, batches_of
+from distributed_worker import QUIET, UPDATES, Replayed, batches_of
 from standin import StandIn, make_config, weights_of
 
 from pynar import checkpoint
@@ -17,15 +17,15 @@ HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def output(data, tmp_path_factory):
-    """What three gloo processes left; see ddp_worker.py."""
-    output = tmp_path_factory.mktemp("ddp")
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def output(request, data, tmp_path_factory):
+    """What three gloo processes left; see distributed_worker.py."""
+    output = tmp_path_factory.mktemp(request.param)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
     path = os.pathsep.join([str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(HERE / "ddp_worker.py"), str(data), str(output)],
+        [*command, str(HERE / "distributed_worker.py"), str(data), str(output), request.param],
         env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -68,6 +68,10 @@ def test_missing_key_and_wrong_container_are_named():
     [
         ({"max_update": 5}, "unknown key `max_update` .did you mean `max_updates`"),
         ({"max_updates": 0}, "`max_updates` must be at least 1, got 0"),
+        (
+            {"max_updates": 1, "parallel": "fsdp", "precision": "fp16"},
+            "`precision` must be fp32 or bf16 with `parallel: fsdp`, got 'fp16'",
+        ),
         ({"max_updates": 5, "lr": 0}, "`lr` must be positive, got 0"),
         ({"max_updates": 5, "betas": [0.9, 1.0]}, r"`betas` must be in \[0, 1\), got \[0.9, 1.0\]"),
         ({"max_updates": 5, "warmup_updates": 0}, "`warmup_updates` must be at least 1 with"),

@@ -1,4 +1,7 @@
-"""What each process of `torchrun` does in test_distributed.py: `ddp_worker.py DATA OUTPUT`."""
+"""What each process of `torchrun` does in test_distributed.py.
+
+`distributed_worker.py DATA OUTPUT PARALLEL`, where the last is how they share the work.
+"""
 
 import dataclasses
 import json
@@ -6,7 +9,8 @@ import sys
 from pathlib import Path
 
 import torch
-from standin import VOCABULARY, StandIn, StandInConfig, make_batch, make_config
+from standin import VOCABULARY, StandIn, StandInConfig, make_batch
+from standin import make_config as make_standin_config
 
 from pynar.data import collate
 from pynar.decoding.translator import weights_digest
@@ -54,36 +58,53 @@ class Replayed(FlowSeq):
 
 
 class OneSided(StandIn):
-    """From its tenth batch on, on the last rank alone, has an infinite loss."""
+    """From its ninth batch on, on the last rank alone, has an infinite loss."""
 
-    passes = 0
+    def __init__(self, settles: bool) -> None:
+        super().__init__()
+        self.passes = -settles  # DDP's first pass, before the batches
 
     def forward(self, example):
         losses = super().forward(example)
         self.passes += self.training
-        if torch.distributed.get_rank() == 2 and self.passes > 9:
+        if torch.distributed.get_rank() == 2 and self.passes > 8:
             losses["length"] = losses["length"] + torch.inf
         return losses
 
 
-def main(data: Path, output: Path) -> None:
+def echo(model, tokenizer, sentences):
+    """A translation that only works with the whole model."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if type(parameter) is not torch.nn.Parameter:
+                raise TypeError(f"a parameter is a {type(parameter).__name__}")
+    return sentences
+
+
+def main(data: Path, output: Path, parallel: str) -> None:
     torch.set_num_threads(1)
+
+    def make_config(**changes):
+        return make_standin_config(parallel=parallel, **changes)
+
     config = make_config(schedule="constant", warmup_updates=0)
     fabric = make_fabric(config)
     updater = Updater(fabric, StandIn(QUIET).double(), config)
     for number in range(2):
         updater.update(number + 1, batches_of(fabric.global_rank, number))
     summary = updater.summary()
+    with updater.whole():
+        weights = {k: v.tolist() for k, v in updater.model.state_dict().items()}
     if fabric.is_global_zero:
-        facts = {"losses": summary.losses, "tokens": summary.target_tokens}
-        facts["weights"] = {k: v.tolist() for k, v in updater.model.state_dict().items()}
+        facts = {"losses": summary.losses, "tokens": summary.target_tokens, "weights": weights}
         (output / "updates.json").write_text(json.dumps(facts))
 
     # Update 3 begins by fitting the prior, to another batch on every rank.
     updater, digests = Updater(fabric, Replayed.make(), config), []
     for number in range(2):
         updater.update(number + 3, batches_of(fabric.global_rank, number))
-        digests.append(weights_digest(updater.model))
+        with updater.whole():
+            digests.append(weights_digest(updater.model))
         summary = updater.summary()
     facts = {"digests": digests, "losses": summary.losses, "norm": summary.grad_norm}
     (output / f"flowseq-{fabric.global_rank}.json").write_text(json.dumps(facts))
@@ -94,14 +115,17 @@ def main(data: Path, output: Path) -> None:
     for end in (4, 9):
         train(StandIn(wide), data, output / "parts", make_config(max_updates=end))
     # The prior takes part from the third update on, and is fitted to a batch there.
-    train(make_flowseq(), data, output / "flowseq-whole", make_config(max_updates=5))
+    by_bleu = {"translate": echo}
+    train(make_flowseq(), data, output / "flowseq-whole", make_config(max_updates=5), **by_bleu)
     for end in (2, 5):
-        train(make_flowseq(), data, output / "flowseq-parts", make_config(max_updates=end))
+        config = make_config(max_updates=end)
+        train(make_flowseq(), data, output / "flowseq-parts", config, **by_bleu)
     try:
-        train(OneSided(), data, output / "stops", make_config(max_updates=30, non_finite_limit=2))
+        one_sided = OneSided(settles=parallel == "ddp")
+        train(one_sided, data, output / "stops", make_config(max_updates=30, non_finite_limit=2))
     except NonFiniteError as error:
         (output / f"error-{fabric.global_rank}.txt").write_text(str(error))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
