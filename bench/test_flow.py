@@ -266,6 +266,15 @@ def _squeeze_split(m: Any, x: Tensor, n: Tensor, *_: Tensor) -> tuple[Tensor, Te
     return m.squeeze_split(x, n, half)[:2] if m is ops else m.squeeze(x, n, 2, half)
 
 
+def _actnorm_of_squeezed(
+    m: Any, x: Tensor, n: Tensor, s: Tensor, b: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor]:
+    norm = s.repeat(2), b.repeat(2)
+    if m is ops:
+        return m.actnorm(x, n, *norm, squeeze=2)
+    return m.actnorm(m.squeeze(x, n, 2, x.shape[2])[0], n // 2, *norm)
+
+
 def _unsqueeze(m: Any, x: Tensor, n: Tensor, *_: Tensor) -> tuple[Tensor]:
     if m is ops:
         return (m.unsqueeze(x, 2 * n),)
@@ -285,6 +294,7 @@ SINGLE: dict[str, Callable[..., Any]] = {
     ),
     "squeeze_split": _squeeze_split,
     "unsqueeze": _unsqueeze,
+    "actnorm of squeezed steps": _actnorm_of_squeezed,
 }
 # What each library has. There is no linear map by any invertible matrix in zuko.
 IN_LIBRARIES = {

@@ -164,7 +164,7 @@ def _native(
     inverse: bool,
     squeeze: int,
 ) -> Tensor:
-    if x.dim() != 3 or squeeze != 1:
+    if x.dim() != 3 or squeeze < 1:
         check_map(Check(name), x, lengths, inverse, squeeze)
     y = _fake(name, x, lengths, log_scale, bias, weight, layout, inverse, squeeze)
     parameters = _contiguous(log_scale, bias, weight)
