@@ -356,7 +356,9 @@ def test_every_cell_has_a_row_for_every_system(result: dict) -> None:
         "fp32_matmul_flops",
         "bf16_matmul_flops",
     }
-    assert result["environment"]["versions"]["torch"] == torch.__version__
+    # Without the name of the build, which not every wheel's metadata has.
+    version = result["environment"]["versions"]["torch"]
+    assert version.partition("+")[0] == torch.__version__.partition("+")[0]
 
 
 def test_rows_say_what_ran(result: dict) -> None:

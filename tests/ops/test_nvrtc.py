@@ -320,13 +320,17 @@ def test_flow_plans_name_kernels_and_carry_parameters(extension: Any) -> None:
     size = extension.flow_linear_backward_workspace(batch, steps, channels, matrices, dim, 4)
     assert size == 3 * (sums + (matrices + 1) * 8 * channels)
     workspace = _OnGpu(0x10000, (size,), floating, 32)
-    chain = (x, lengths, log_scale, bias, weight, 2, True)
+    chain = (x, lengths, log_scale, bias, weight, 2, True, 1)
     extension.set_use_nvrtc(True)
     try:
         forward = extension.flow_linear("f", *chain, y)
         backward = extension.flow_linear_backward(
             "f", y, *chain, x, log_scale, bias, weight, workspace
         )
+        # Three of seven steps are no joined one; six are two.
+        of_three = _OnGpu(0x6000, (batch, 6, channels // 3), bfloat, 16)
+        joined = _OnGpu(0x1000, (batch, 2, channels), bfloat, 16)
+        in_pieces = extension.flow_linear("f", joined, *chain[1:-1], 3, of_three)
         copy = extension.squeeze(
             x,
             lengths,
@@ -358,10 +362,15 @@ def test_flow_plans_name_kernels_and_carry_parameters(extension: Any) -> None:
         ("pynar::affine_coupling_sums" + bf16, 1, 128),
     ]
     fields = struct.unpack(f"<{len(forward.parameters) // 8}q", forward.parameters)
-    assert fields[:8] == (0x1000, 0, 1, channels, steps * channels, channels, 0, 0)
-    assert fields[8:10] == (0x6000, 0)
-    assert fields[16:] == (
-        *(0x2000, 0x3000, 0x4000, 0x5000, batch, steps, channels, matrices, dim, 1, 2, 1),
+    rows = (0, 1, channels, steps * channels, channels, 0, 0, 1, channels)
+    assert fields[:20] == (0x1000, *rows, 0x6000, *rows)
+    assert fields[20:] == (
+        *(0x2000, 0x3000, 0x4000, 0x5000, batch, steps, channels, matrices, dim, 1, 2, 1, 1),
     )
+    fields = struct.unpack(f"<{len(in_pieces.parameters) // 8}q", in_pieces.parameters)
+    rows = (0, 1, channels, 2 * channels, channels, 0, 0)
+    assert fields[:20] == (0x1000, *rows, 1, channels, 0x6000, *rows, 3, channels // 3)
+    assert fields[24:27] == (batch, 2, channels)
+    assert fields[-1] == 3
     fields = struct.unpack(f"<{len(backward.parameters) // 8}q", backward.parameters)
     assert fields[-5:] == (0x3000, 0x4000, 0x5000, 0x10000, 0x10000 + 4 * 3 * sums)
