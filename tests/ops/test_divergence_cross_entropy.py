@@ -454,15 +454,6 @@ def test_compiles_once_for_heads_of_all_lengths(device: torch.device) -> None:
     assert counter.frame_count == 1
 
 
-def test_second_derivatives_are_refused(device: torch.device) -> None:
-    (logits,) = make_logits(1, 3, 8, device=device)
-    logits.requires_grad_()
-    cross_entropy, _ = divergence_cross_entropy((logits,), make_targets(3, 8, device))
-    (grad,) = torch.autograd.grad(cross_entropy.pow(2).sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_no_rows_of_strided_logits(device: torch.device) -> None:
     logits = torch.zeros(0, 16, device=device)[:, ::2]
     cross_entropy, _ = divergence_cross_entropy(logits, make_targets(0, 8, device), sizes=[0])
