@@ -257,15 +257,22 @@ class FlowSeq(TranslationModel):
         share = since / max(self.config.kl_warmup_updates, 1)
         return self.loss_weights | {"kl": min(max(share, 0.0), 1.0)}
 
-    def begin_update(self, update: int, batch: Batch, generator: torch.Generator) -> bool:
-        """Prepares an update; returns whether weights were fitted to the batch.
+    def fits(self, update: int) -> bool:
+        """Whether weights are fitted to a batch when this update begins.
 
         The posterior's heads in the first update, the prior when it first takes part.
         """
-        self._with_prior = update > self.config.posterior_updates
+        return any(self._fitted(update))
+
+    def _fitted(self, update: int) -> tuple[bool, bool]:
         heads = update == 1 and self.config.posterior_std > 0
-        prior = update == self.config.posterior_updates + 1
-        if not heads and not prior:
+        return heads, update == self.config.posterior_updates + 1
+
+    def begin_update(self, update: int, batch: Batch, generator: torch.Generator) -> bool:
+        """Prepares an update; returns whether weights were fitted to the batch, see `fits`."""
+        self._with_prior = update > self.config.posterior_updates
+        heads, prior = self._fitted(update)
+        if not self.fits(update):
             return False
         training = self.training
         self.eval()

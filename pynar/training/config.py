@@ -82,6 +82,8 @@ class TrainingConfig:
         for name in ("seed", "warmup_updates", "warmup_init", "min_lr", "weight_decay"):
             if not (value := getattr(self, name)) >= 0:
                 raise ValueError(f"`{name}` must not be negative, got {value}")
+        if self.parallel not in ("ddp", "fsdp"):
+            raise ValueError(f"`parallel` must be ddp or fsdp, got {self.parallel!r}")
         if self.parallel == "fsdp" and self.precision == "fp16":
             raise ValueError("`precision` must be fp32 or bf16 with `parallel: fsdp`, got 'fp16'")
         if not all(0 <= beta < 1 for beta in self.betas):

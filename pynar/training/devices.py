@@ -82,7 +82,11 @@ def _shard(module: Any, mesh: DeviceMesh) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             torch.distributed.broadcast(parameter, 0)
-    return fully_shard(module, mesh=mesh["data_parallel"])
+    sharded: Any = fully_shard(module, mesh=mesh["data_parallel"])
+    # Else processes would mix up what only some of them have a gradient for.
+    if hasattr(sharded, "set_reduce_scatter_unused_params"):  # PyTorch 2.13
+        sharded.set_reduce_scatter_unused_params(True)
+    return sharded  # type: ignore[no-any-return]
 
 
 def leave_process_group() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 __all__ = ["Shards"]
+
+_TOGETHER = 1 << 24  # numbers
 
 
 class Shards:
@@ -45,18 +47,43 @@ class Shards:
             own.grad = None if share.grad is None else cast(DTensor, share.grad).to_local()
             share.grad = None
 
-    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Puts tensors together that are cut as the parameters of their names, on all processes."""
-        sizes = {name: self._rows(name) * self._all[name].shape[1:].numel() for name in tensors}
-        padded = [F.pad(t.flatten(), (0, sizes[name] - t.numel())) for name, t in tensors.items()]
-        mine = torch.cat(padded)
-        everyone = mine.new_empty(self._processes, len(mine))
-        torch.distributed.all_gather(list(everyone), mine)
-        whole = {}
-        for name, pieces in zip(tensors, everyone.split([*sizes.values()], 1), strict=True):
-            shape = self._all[name].shape
-            whole[name] = pieces.reshape(-1, *shape[1:])[: shape[0]]
+    def gather(
+        self, tensors: Mapping[str, Tensor], *, only_first: bool = False
+    ) -> dict[str, Tensor]:
+        """Puts tensors together that are cut as the parameters of their names.
+
+        All processes get them; with `only_first` the first one alone, and the others nothing.
+        """
+        kept = not only_first or torch.distributed.get_rank() == 0
+        whole: dict[str, Tensor] = {}
+        for names in self._groups(tensors):
+            sizes = [self._rows(name) * self._all[name].shape[1:].numel() for name in names]
+            padded = [
+                F.pad(tensors[name].flatten(), (0, size - tensors[name].numel()))
+                for name, size in zip(names, sizes, strict=True)
+            ]
+            mine = torch.cat(padded)
+            everyone = mine.new_empty(self._processes, len(mine))
+            torch.distributed.all_gather(list(everyone), mine)
+            for name, pieces in zip(names, everyone.split(sizes, 1), strict=True):
+                shape = self._all[name].shape
+                if kept:
+                    whole[name] = pieces.reshape(-1, *shape[1:])[: shape[0]].clone()
         return whole
+
+    def _groups(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """Names of parameters that go through memory together: not all of a model at once."""
+        group: list[str] = []
+        size = 0
+        for name in names:
+            more = self._all[name].numel()
+            if group and size + more > _TOGETHER:
+                yield group
+                group, size = [], 0
+            group.append(name)
+            size += more
+        if group:
+            yield group
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
         """This process's piece of what has the shape of a parameter."""
@@ -67,30 +94,43 @@ class Shards:
         return -(-self._all[name].shape[0] // self._processes)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Has the model hold ordinary parameters meanwhile, on all processes.
+    def whole(self, *, only_first: bool = False) -> Iterator[None]:
+        """Has the model hold ordinary parameters meanwhile; all processes must enter it together.
 
-        What is written into them is lost, unless `keep` takes it over.
+        With `only_first` that of the first process alone does. What is written into them is lost,
+        unless `keep` takes it over.
         """
-        self._root.reshard()  # after a forward pass alone the model still holds FSDP's
-        places = [
-            (module, name, share)
-            for module in self._model.modules()
-            for name, share in module.named_parameters(recurse=False)
-        ]
-        # Tied ones are one.
-        whole = self.gather({name: share.to_local().detach() for name, share in self._all.items()})
-        made = {
-            id(share): nn.Parameter(whole[name], share.requires_grad)
-            for name, share in self._all.items()
-        }
+        places = self._make_whole(only_first)
         try:
-            for module, name, share in places:
-                setattr(module, name, made[id(share)])
             yield
         finally:
             for module, name, share in places:
                 setattr(module, name, share)
+
+    def dissolve(self) -> None:
+        """Leaves the model whole for good, on all processes."""
+        self._make_whole(only_first=False)
+
+    def _make_whole(self, only_first: bool) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """Returns where shares were."""
+        self._root.reshard()  # after a forward pass alone the model still holds FSDP's
+        places = [
+            (module, name, share)
+            for module in self._model.modules()
+            for name, share in module.named_parameters(recurse=False, remove_duplicate=False)
+        ]
+        # Tied ones are one.
+        shares = {name: share.to_local().detach() for name, share in self._all.items()}
+        whole = self.gather(shares, only_first=only_first)
+        if not whole:
+            return []
+        made = {
+            id(share): nn.Parameter(whole.pop(name), share.requires_grad)
+            for name, share in self._all.items()
+        }
+        for module, name, share in places:
+            setattr(module, name, made[id(share)])
+        return places
 
     @torch.no_grad()
     def keep(self, parameters: Mapping[str, Tensor]) -> None:

@@ -78,8 +78,8 @@ def train(
     Args:
         model: a model of `pynar.models`, or any module with `config`, `name`, `corrupt`,
             `loss_weights` and a `forward` from an example to loss sums; one that trains in phases
-            may have `weights_at` and `begin_update` as well, and one that has more to log at
-            a validation `diagnose` (see `pynar.models.FlowSeq`).
+            may have `weights_at`, `begin_update` and `fits` as well, and one that has more to log
+            at a validation `diagnose` (see `pynar.models.FlowSeq`).
         data_directory: what `pynar prepare` wrote; its split "valid" is used if there is one.
         output: see `pynar.training.output.RunDirectory` for the layout.
         init_from: a checkpoint whose weights a new run begins with, where name and shape agree.
@@ -169,8 +169,10 @@ class _Trainer:
         self.updater.load_state(state.tensors, values["optimizer"])
         self.progress = Progress(**values["progress"])
         kept = self.directory.updates()
-        self.progress.best = [(score, u) for score, u in self.progress.best if u in kept]
-        now, then = self._settings(), values["settings"]
+        best = [(score, u) for score, u in self.progress.best if u in kept]
+        # The first process sees what it wrote; all of them go by it.
+        self.progress.best = self.fabric.broadcast(best)
+        now, then = self._settings(), {"parallel": "ddp", **values["settings"]}
         neutral = NEUTRAL
         if self.config.schedule not in ("linear", "cosine"):
             neutral = neutral | {"max_updates"}
@@ -292,7 +294,7 @@ class _Trainer:
     def _save(self) -> None:
         self._checkpoint_time = time.monotonic()
         state = self.updater.state()
-        with self.updater.whole():
+        with self.updater.whole(only_first=True):
             if self.fabric.is_global_zero:
                 self._write(*state)
 
@@ -329,6 +331,7 @@ class _Trainer:
                 checkpoint.average([directory.checkpoint(u) for u in sorted(chosen)], averaged)
                 self.report.say(f"averaged updates {', '.join(map(str, sorted(chosen)))}")
         self.fabric.barrier()
+        self.updater.end()
         return TrainingResult(
             update=progress.update,
             skipped=self.updater.skipped(),

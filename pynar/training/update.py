@@ -113,30 +113,45 @@ class Updater:
         self._tokens = 0
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def whole(self, *, only_first: bool = False) -> Iterator[None]:
         """Has the model hold all of its weights meanwhile; all processes must enter it together.
 
-        For what uses the model outside of `self.forward`. Where nothing is sharded it holds them
-        anyway.
+        For what uses the model outside of `self.forward`; with `only_first` on the first process
+        alone. Where nothing is sharded it holds them anyway.
         """
-        with nullcontext() if self._shards is None else self._shards.whole():
+        if self._shards is None:
             yield
+            return
+        with self._shards.whole(only_first=only_first):
+            yield
+
+    def end(self) -> None:
+        """Leaves the model with all of its weights; no update can follow."""
+        if self._shards is not None:
+            self._shards.dissolve()
 
     def settle(self, batch: Any) -> None:
         """Lets DDP settle how it groups the gradients; to be called once, with any fixed batch.
 
         DDP regroups them after its first backward pass, and in which order three or more
         processes add a gradient up depends on its group: without this pass, the first update
-        after resuming would differ in the last bits from that of an uninterrupted run.
+        after resuming would differ in the last bits from that of an uninterrupted run. Nor may
+        a parameter have no gradient, with DDP or FSDP.
         """
-        if self._fabric.world_size == 1 or self._shards is not None:
+        if self._fabric.world_size == 1:
             return
         with torch.no_grad():
             buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         seed_device(self._fabric.device, 0)
         example = self.model.corrupt(batch.to(self._fabric.device), self._generator.manual_seed(0))
-        self._fabric.backward(self.forward(example).sum())
-        names = [n for n, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        with self.whole():
+            if self._shards is None:
+                self._fabric.backward(self.forward(example).sum())
+            else:
+                # Past FSDP, which would leave out what has no gradient without a word.
+                torch.stack([*self.model(example).values()]).sum().backward()
+            named = self.model.named_parameters()
+            names = [name for name, p in named if p.requires_grad and p.grad is None]
         if names:
             raise ValueError(
                 f"{type(self.model).__name__}: every parameter must take part in the losses when "
@@ -188,7 +203,9 @@ class Updater:
         seed_device(self._fabric.device, other)
         batch = batch.to(self._fabric.device)
         made: dict[str, nn.Parameter] = {}
-        with self.whole(), torch.no_grad():
+        fits = getattr(self.model, "fits", None)
+        needs = self.whole() if fits is None or fits(number) else nullcontext()
+        with needs, torch.no_grad():
             changed = begin(number, batch, self._generator.manual_seed(noise))
             if changed and self._fabric.world_size > 1:
                 made = dict(self.model.named_parameters())
@@ -290,13 +307,17 @@ class Updater:
         )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What resuming needs, as tensors and as plain values; all processes must ask together."""
+        """What resuming needs, as tensors and as plain values; all processes must ask together.
+
+        Of what is sharded the first process alone gets the tensors, on the host.
+        """
         tensors: dict[str, Tensor] = {}
         states = {name: self.optimizer.state.get(own, {}) for name, own in self._own.items()}
         for kind in sorted({kind for state in states.values() for kind in state}):
             found = {name: state[kind] for name, state in states.items() if kind in state}
             if self._shards is not None and kind != "step":
-                found = self._shards.gather(found)
+                found = self._shards.gather(found, only_first=True)
+                found = {name: tensor.cpu() for name, tensor in found.items()}
             tensors |= {f"{kind}/{name}": tensor.contiguous() for name, tensor in found.items()}
         scaler = self._scaler.state_dict() if self._scaler is not None else {}
         return tensors, {"skipped": self.skipped(), "streak": self.streak(), **scaler}

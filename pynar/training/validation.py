@@ -92,14 +92,14 @@ class Validator:
             totals[1] += updater.counts(example)
             diagnose = getattr(updater.model, "diagnose", None)
             if i == 0 and diagnose is not None:
-                with updater.whole():
+                with updater.whole(only_first=True):
                     more = diagnose(example) if self._fabric.is_global_zero else {}
         sums, counts = updater.reduce(totals).tolist()
         means = [s / c if c else math.nan for s, c in zip(sums, counts, strict=True)]
         return dict(zip(updater.terms, means, strict=True)), more
 
     def _bleu(self, updater: Updater) -> float:
-        with updater.whole():
+        with updater.whole(only_first=True):
             bleu = self._measure(updater.model) if self._fabric.is_global_zero else 0.0
         return self._fabric.broadcast(bleu)
 

@@ -58,18 +58,38 @@ class Replayed(FlowSeq):
 
 
 class OneSided(StandIn):
-    """From its ninth batch on, on the last rank alone, has an infinite loss."""
+    """From its tenth batch on, on the last rank alone, has an infinite loss."""
 
-    def __init__(self, settles: bool) -> None:
-        super().__init__()
-        self.passes = -settles  # DDP's first pass, before the batches
+    passes = 0
 
     def forward(self, example):
         losses = super().forward(example)
         self.passes += self.training
-        if torch.distributed.get_rank() == 2 and self.passes > 8:
+        if torch.distributed.get_rank() == 2 and self.passes > 9:
             losses["length"] = losses["length"] + torch.inf
         return losses
+
+
+class Idle(StandIn):
+    """Has a parameter that takes no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = torch.nn.Parameter(torch.zeros(5))
+
+
+class Alias(StandIn):
+    """Has the same parameter under two names of one module, with fewer rows than processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(1, 8))
+        self.same = self.shift
+        self.fixed = torch.nn.Parameter(torch.ones(2, 3), requires_grad=False)
+
+    def forward(self, example):
+        losses = super().forward(example)
+        return losses | {"length": losses["length"] + (self.shift + self.same).square().sum()}
 
 
 def echo(model, tokenizer, sentences):
@@ -109,6 +129,15 @@ def main(data: Path, output: Path, parallel: str) -> None:
     facts = {"digests": digests, "losses": summary.losses, "norm": summary.grad_norm}
     (output / f"flowseq-{fabric.global_rank}.json").write_text(json.dumps(facts))
 
+    alias = Alias()
+    train(alias, data, output / "alias", make_config(max_updates=2))
+    tied = [type(parameter).__name__ for parameter in (alias.shift, alias.same, alias.fixed)]
+    try:
+        train(Idle(), data, output / "idle", make_config(max_updates=2))
+    except ValueError as error:
+        facts = {"tied": tied, "same": alias.shift is alias.same, "idle": str(error)}
+        (output / f"odd-{fabric.global_rank}.json").write_text(json.dumps(facts))
+
     # Wide enough for the grouping of the gradients to matter.
     wide = StandInConfig(dim=64)
     train(StandIn(wide), data, output / "whole", make_config(max_updates=9))
@@ -121,8 +150,7 @@ def main(data: Path, output: Path, parallel: str) -> None:
         config = make_config(max_updates=end)
         train(make_flowseq(), data, output / "flowseq-parts", config, **by_bleu)
     try:
-        one_sided = OneSided(settles=parallel == "ddp")
-        train(one_sided, data, output / "stops", make_config(max_updates=30, non_finite_limit=2))
+        train(OneSided(), data, output / "stops", make_config(max_updates=30, non_finite_limit=2))
     except NonFiniteError as error:
         (output / f"error-{fabric.global_rank}.txt").write_text(str(error))
 

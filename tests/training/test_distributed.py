@@ -80,6 +80,20 @@ def test_infinite_loss_of_one_process_stops_all_alike(output):
     assert "`length` in 4 batches" in errors[0]
 
 
+def test_odd_parameters(output):
+    for rank in range(3):
+        found = json.loads((output / f"odd-{rank}.json").read_text())
+        # The model is whole again after training.
+        assert found["tied"] == ["Parameter"] * 3
+        assert found["same"]
+        assert "every parameter must take part" in found["idle"]
+        assert found["idle"].endswith("got no gradient for idle")
+    weights = checkpoint.load_weights(output / "alias/last")
+    assert weights["shift"].shape == (1, 8)
+    assert torch.equal(weights["shift"], weights["same"])
+    assert torch.equal(weights["fixed"], torch.ones(2, 3))
+
+
 def test_only_one_process_talks(output):
     lines = (output / "text.txt").read_text().splitlines()
     assert sum(line.startswith("update 9/9  validation") for line in lines) == 2  # two runs
