@@ -15,6 +15,7 @@ __all__ = [
     "accumulation",
     "backward_on_squeezed_steps",
     "check_map",
+    "check_squeeze",
     "check_steps",
     "log_determinant",
     "map_sizes",
@@ -48,6 +49,19 @@ def check_steps(check: Check, name: str, x: Tensor, lengths: Tensor, factor: int
     check.values("lengths", lengths, f"in [0, {steps * factor}]", 0, steps * factor)
 
 
+def check_squeeze(name: str, x: Tensor, inverse: bool, squeeze: int) -> None:
+    """What results have to be shaped by, before the operator checks all of it."""
+    if squeeze == 1:
+        return
+    check = Check(name)
+    check.dims("x", x, 3, "[B, T, C]")
+    if squeeze < 1:
+        check.fail("squeeze", "be at least 1", squeeze)
+    divided, what = (x.shape[2], "channels") if inverse else (x.shape[1], "steps")
+    if divided % squeeze:
+        check.fail("x", f"have a multiple of {squeeze} {what} (`squeeze`)", divided)
+
+
 def map_sizes(x: Tensor, inverse: bool, squeeze: int) -> tuple[list[int], list[int]]:
     """Of the steps that a map acts on, and of what comes out."""
     batch, steps, channels = x.shape
@@ -63,12 +77,8 @@ def check_map(
     check: Check, x: Tensor, lengths: Tensor, inverse: bool, squeeze: int
 ) -> tuple[int, int]:
     """Checks what a map of squeezed steps is given; returns their steps and channels."""
-    if squeeze < 1:
-        check.fail("squeeze", "be at least 1", squeeze)
+    check_squeeze(check.operator, x, inverse, squeeze)
     check_steps(check, "x", x, lengths, squeeze if inverse else 1)
-    divided, what = (x.shape[2], "channels") if inverse else (x.shape[1], "steps")
-    if divided % squeeze:
-        check.fail("x", f"have a multiple of {squeeze} {what} (`squeeze`)", divided)
     _, steps, channels = map_sizes(x, inverse, squeeze)[0]
     return steps, channels
 

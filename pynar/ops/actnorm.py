@@ -14,6 +14,7 @@ from pynar.ops._flow import (
     accumulation,
     backward_on_squeezed_steps,
     check_map,
+    check_squeeze,
     log_determinant,
     map_sizes,
     on_squeezed_steps,
@@ -50,7 +51,10 @@ def actnorm(
         inverse: whether to undo the map.
         squeeze: joins so many neighbouring steps first, as :func:`squeeze` does, and in the inverse
             direction takes them apart afterwards, in the same pass: `x`, or else the result, is
-            `[B, f T, C / f]`, and `lengths` are those of its steps.
+            `[B, f T, C / f]`, and `lengths` are those of its steps, in `[0, f T]`. The map acts on
+            `ceil(lengths / f)` joined steps, which is what the log-determinant counts; of the last
+            one, what lies beyond the sentence counts as zero, and comes out as zero where it is
+            taken apart.
 
     Returns:
         The result, `[B, T, C]`, and the log-determinant, `[B]`, of `log_scale`'s type.
@@ -100,7 +104,7 @@ def _native(
     inverse: bool,
     squeeze: int,
 ) -> Tensor:
-    if x.dim() != 3 or squeeze < 1:
+    if x.dim() != 3:
         check_map(Check("actnorm"), x, lengths, inverse, squeeze)
     y = _fake(x, lengths, log_scale, bias, inverse, squeeze)
     plan = extension.actnorm(
@@ -180,6 +184,7 @@ def _backward_reference(
 def _fake(
     x: Tensor, lengths: Tensor, log_scale: Tensor, bias: Tensor, inverse: bool, squeeze: int
 ) -> Tensor:
+    check_squeeze("actnorm", x, inverse, squeeze)
     return x.new_empty(map_sizes(x, inverse, squeeze)[1])
 
 

@@ -150,14 +150,18 @@ def _kind(one: FlowMap) -> int:
     return 1 + _LAYOUTS.index(one.layout) if isinstance(one, PackedFlowLinear) else 0
 
 
+def _weights(one: PackedCoupling) -> list[PackedWeight]:
+    first = one.positions.weights if one.positions is not None else ()
+    return [*first, *one.layer.weights, one.output]
+
+
 def _parts(one: FlowMap) -> list[list[Tensor]]:
     """What a map has of each sort: `linear` forward and back, and from `weights` to `norms`."""
     if isinstance(one, PackedCoupling):
-        packed, biases = [*one.layer.weights, one.output], [*one.layer.biases, one.output_bias]
+        packed, biases = _weights(one), [*one.layer.biases, one.output_bias]
         norms = [*one.layer.norms]
         if one.positions is not None:
-            packed, biases = [*one.positions.weights, *packed], [*one.positions.biases, *biases]
-            norms = [*one.positions.norm, *norms]
+            biases, norms = [*one.positions.biases, *biases], [*one.positions.norm, *norms]
         scales = [w.scales for w in packed if w.scales is not None]
         sums = [w.column_sums for w in packed if w.column_sums is not None]
         return [[], [], [w.data for w in packed], scales, sums, biases, norms]
@@ -208,10 +212,8 @@ def packed_flow(
         rows its first has it all.
     """
     check = Check("packed_flow")
-    layers: list[PackedLayer] = []
     for one in maps:
         if isinstance(one, PackedCoupling):
-            layers.append(one.layer)
             if one.split not in SPLITS:
                 check.fail("split", f"be one of {', '.join(SPLITS)}", repr(one.split))
             if one.positions is not None and one.split != "features":
@@ -221,20 +223,21 @@ def packed_flow(
                 check.fail("layout", f"be one of {', '.join(_LAYOUTS)}", repr(one.layout))
         elif not isinstance(one, PackedActNorm):
             check.fail("maps", "be packed maps of a flow", type(one).__name__)
+    couplings = [one for one in maps if isinstance(one, PackedCoupling)]
     shared = [
-        (
-            layer.heads,
-            layer.eps,
-            layer.activation,
-            len(layer.biases[2]),
-            layer.weights[0].data.dtype,
-        )
-        for layer in layers
+        (layer.heads, layer.eps, layer.activation, len(layer.biases[2]), weight.data.dtype)
+        for layer, weights in ((one.layer, _weights(one)) for one in couplings)
+        for weight in weights
     ]
     for own in shared:
         wanted = (*shared[0][:2], "relu", *shared[0][3:])
         if own != wanted:
             check.fail("maps", f"agree in heads, eps, activation, hidden size, type {wanted}", own)
+    for one in couplings:
+        found = [(weight.out_features, weight.in_features) for weight in _weights(one)]
+        shapes = _shapes(_kind(one), x.shape[-1], shared[0][3])
+        if found != shapes:
+            check.fail("maps", f"have weights of the sizes {shapes} in such a coupling", found)
     sizes = {len(one.weight) for one in maps if isinstance(one, PackedFlowLinear)}
     if len(sizes) > 1:
         check.fail("maps", "have matrices of one size", sorted(sizes))

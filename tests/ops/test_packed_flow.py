@@ -427,11 +427,21 @@ def test_wrong_maps_are_rejected() -> None:
     coupling = make_coupling(torch.int8, "features", True)
     other = replace(coupling, layer=replace(coupling.layer, heads=4))
     by_position = make_coupling(torch.int8, "features", True, by_position=True)
+    assert by_position.positions is not None
+    swapped = replace(by_position.positions, weights=by_position.positions.weights[::-1])
     by_position = replace(by_position, split="alternate")
     x, *others = make_inputs([coupling, coupling])
     for maps, message in (
         ([replace(coupling, split="rows")], "`split` must be one of features, alternate, steps, "),
         ([replace(make_linear("strided"), layout="x")], "`layout` must be one of contiguous, str"),
+        (
+            [replace(coupling, output=pack_linear(torch.zeros(DIM, DIM // 2), torch.bfloat16))],
+            "`maps` must agree in heads, eps, activation, hidden size, type ",
+        ),
+        (
+            [replace(by_position, split="features", positions=swapped)],
+            "`maps` must have weights of the sizes [(16, 8), (8, 8), (24, 8), ",
+        ),
         ([by_position], "`split` must be \"features\" with `positions`, got 'alternate'"),
         (["actnorm"], "`maps` must be packed maps of a flow, got str"),
         ([coupling, other], "`maps` must agree in heads, eps, activation, hidden size, type "),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pynar import reference
 from pynar.ops import actnorm, flow_linear, squeeze, unsqueeze
@@ -268,6 +269,7 @@ def test_compiles_into_one_graph(matrices: int, inverse: bool, device: torch.dev
 REJECTED: list[tuple[dict[str, Any], str]] = [
     ({"squeeze": 0}, "`squeeze` must be at least 1, got 0"),
     ({"squeeze": 3}, "`x` must have a multiple of 3 steps (`squeeze`), got 4"),
+    ({"squeeze": 2**62}, f"`x` must have a multiple of {2**62} steps (`squeeze`), got 4"),
     (
         {"x": torch.zeros(2, 4, 9), "inverse": True},
         "`x` must have a multiple of 2 channels (`squeeze`), got 9",
@@ -281,6 +283,17 @@ REJECTED: list[tuple[dict[str, Any], str]] = [
         "`lengths` must have values in [0, 4], got 5 (sentence 1)",
     ),
 ]
+
+
+@MAPS
+def test_a_wrong_call_is_seen_when_compiled(matrices: int) -> None:
+    function, _, parameters = make_map(matrices, 12)
+    for factor in (0, 3):
+        with FakeTensorMode() as mode, pytest.raises(ValueError, match="`(squeeze|x)` must"):
+            tensors = map(
+                mode.from_tensor, (torch.zeros(2, 4, 6), torch.tensor([4, 1]), *parameters)
+            )
+            function(*tensors, squeeze=factor)
 
 
 @pytest.mark.parametrize(("change", "message"), REJECTED, ids=[m for _, m in REJECTED])
