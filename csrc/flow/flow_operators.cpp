@@ -97,8 +97,8 @@ struct MapSizes {
   }
   template <typename T>
   static FlowRows<T> rows(const Tensor& x, int64_t pieces) {
-    return {x.data<T>(),          nullptr, 1, x.size(2) * pieces, x.stride(0),
-            x.stride(1) * pieces, 0,       0, pieces,             x.stride(1)};
+    return {x.data<T>(), nullptr, 1,      x.size(2) * pieces, x.stride(0), x.stride(1) * pieces,
+            0,           0,       pieces, x.stride(1)};
   }
 };
 
@@ -365,10 +365,10 @@ MapSizes check_chain(const Check& check, const Tensor& x, const Tensor& lengths,
   const int64_t dim = weight.size(1);
   check_parameter(check, "weight", weight, {matrices, dim, dim}, "a square matrix a step", x);
   if (dim == 0 || sizes.channels % dim != 0) {
-    check.fail("weight",
-               "be of a size that divides the " + std::to_string(sizes.channels) +
-                   " channels of `x`",
-               std::to_string(dim));
+    check.fail(
+        "weight",
+        "be of a size that divides the " + std::to_string(sizes.channels) + " channels of `x`",
+        std::to_string(dim));
   }
   const char* meaning = "steps of `weight`, channels of `x`";
   if (log_scale.has_value() != bias.has_value()) check.fail("bias", "come with `log_scale`", "one");

@@ -45,8 +45,8 @@ std::unique_ptr<T[]> poisoned(int64_t count) {
 template <typename T, typename U>
 FlowRows<T> rows_of(const std::unique_ptr<U[]>& x, int64_t steps, int64_t channels,
                     int64_t pieces = 1) {
-  return {x.get(), nullptr, 1, channels, steps * channels, channels, 0, 0, pieces,
-          channels / pieces};
+  return {x.get(),  nullptr, 1, channels, steps * channels,
+          channels, 0,       0, pieces,   channels / pieces};
 }
 
 template <typename T>
