@@ -122,12 +122,18 @@ void zero_padding(const FlowLinearParams<T>& p, const FlowRows<U>& rows) {
   }
 }
 
-// Calls body(first, count) for the channels of a step that lie next to each other.
-template <typename U, typename Body>
-void for_each_part(const FlowRows<U>& rows, int64_t channels, const Body& body) {
+// Channels of a step that lie next to each other.
+struct Channels {
+  int64_t first, count;
+};
+
+template <typename U>
+std::vector<Channels> parts_of(const FlowRows<U>& rows, int64_t channels) {
+  std::vector<Channels> parts;
   const int64_t width = rows.kept / rows.pieces;
-  for (int64_t first = 0; first < rows.kept; first += width) body(first, width);
-  if (rows.kept < channels) body(rows.kept, channels - rows.kept);
+  for (int64_t first = 0; first < rows.kept; first += width) parts.push_back({first, width});
+  if (rows.kept < channels) parts.push_back({rows.kept, channels - rows.kept});
+  return parts;
 }
 
 // The scale and shift of every place, [K + 2, C] each; the last row scales by one and shifts by
@@ -172,23 +178,23 @@ class Block {
   void load(const FlowRows<const T>& from, const Place* places, int64_t count, const A* scale,
             const A* shift, A* state) const {
     const auto load_steps = PYNAR_SELECT_FLOW_KERNEL(load_steps<T>);
-    for_each_part(from, p_.channels, [&](int64_t first, int64_t width) {
+    for (const auto [first, width] : parts_of(from, p_.channels)) {
       const T* rows[kFlowRows];
       for (int64_t r = 0; r < kFlowRows; ++r) {
         const bool holds = r < count && p_.holds(from, places[r].b, places[r].t, first);
         rows[r] = holds ? from.at(places[r].b, places[r].t, first) : zeros_.data();
       }
       load_steps(rows, width, scale + first, shift + first, state + first * kFlowRows);
-    });
+    }
   }
 
   void store(const A* state, const Place* places, int64_t count, const FlowRows<T>& to) const {
     const auto store_steps = PYNAR_SELECT_FLOW_KERNEL(store_steps<T>);
-    for_each_part(to, p_.channels, [&](int64_t first, int64_t width) {
+    for (const auto [first, width] : parts_of(to, p_.channels)) {
       T* rows[kFlowRows];
       for (int64_t r = 0; r < count; ++r) rows[r] = to.at(places[r].b, places[r].t, first);
       store_steps(state + first * kFlowRows, width, count, rows);
-    });
+    }
   }
 
   // Matrix number i in order of application, with what follows it.
@@ -240,17 +246,17 @@ void copy_steps(const FlowLinearParams<T>& p, const std::vector<Place>& places) 
       scale_row(x, scale + first, shift + first, y, count);
     }
   };
+  // One side may be squeezed, or in pieces; the other one has it all together.
   const bool by_x = p.x.pieces > 1 || p.x.kept < p.channels;
+  const std::vector<Channels> parts = by_x ? parts_of(p.x, p.channels) : parts_of(p.y, p.channels);
   const int64_t n = static_cast<int64_t>(places.size());
   parallel_for(n, flow_grain(p, 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const auto [b, t] = places[i];
-      const auto part = [&, b = b, t = t](int64_t first, int64_t count) {
-        const T* x = p.holds(p.x, b, t, first) ? p.x.at(b, t, first) : zeros.data();
-        one(x, first, count, p.y.at(b, t, first));
-      };
-      // One side may be squeezed, or in pieces; the other one has it all together.
-      by_x ? for_each_part(p.x, p.channels, part) : for_each_part(p.y, p.channels, part);
+      for (const auto [c, count] : parts) {
+        const T* x = p.holds(p.x, b, t, c) ? p.x.at(b, t, c) : zeros.data();
+        one(x, c, count, p.y.at(b, t, c));
+      }
     }
   });
 }
@@ -319,17 +325,17 @@ void scale_steps_backward(const FlowLinearBackwardParams<T>& params, const Place
   std::vector<accumulation_t<T>> centre(p.channels, 0);
   if (p.inverse && p.log_scale != nullptr) std::copy_n(p.bias, p.channels, centre.begin());
   const std::vector<T> zeros(p.channels, T{});
-  const auto& in_pieces = p.inverse ? params.grad_y : p.x;
+  const std::vector<Channels> parts = parts_of(p.inverse ? params.grad_y : p.x, p.channels);
   for (int64_t i = 0; i < count; ++i) {
     const auto [b, t] = places[i];
-    for_each_part(in_pieces, p.channels, [&, b = b, t = t](int64_t first, int64_t width) {
-      const auto read = [&](const FlowRows<const T>& rows) {
+    for (const auto [first, width] : parts) {
+      const auto read = [&, b = b, t = t, first = first](const FlowRows<const T>& rows) {
         return p.holds(rows, b, t, first) ? rows.at(b, t, first) : zeros.data();
       };
       scale_row_backward(read(params.grad_y), read(p.x), &coefficients.scale[first], &centre[first],
                          params.grad_x.at(b, t, first), sums.sum + first, sums.moment + first,
                          width);
-    });
+    }
   }
 }
 
