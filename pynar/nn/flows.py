@@ -109,6 +109,10 @@ class _Context:
     keys_values: KeysValues  # of the source, for every coupling of the flow, [B, H, S, D]
     factors: tuple[Tensor, Tensor]  # of the matrices of the flow, from `batched_logdet`
 
+    def lengths(self, squeeze: int) -> Tensor:
+        """In steps of which so many are one of this level."""
+        return self.whole.lengths * squeeze if squeeze > 1 else self.whole.lengths
+
 
 class ActNorm(nn.Module):
     """An affine map of each channel, see `pynar.ops.actnorm`.
@@ -124,8 +128,8 @@ class ActNorm(nn.Module):
     def forward(
         self, x: Tensor, context: _Context, inverse: bool = False, squeeze: int = 1
     ) -> tuple[Tensor, Tensor]:
-        lengths = context.whole.lengths * squeeze if squeeze > 1 else context.whole.lengths
-        return actnorm(x, lengths, self.log_scale, self.bias, inverse=inverse, squeeze=squeeze)
+        norm = self.log_scale, self.bias
+        return actnorm(x, context.lengths(squeeze), *norm, inverse=inverse, squeeze=squeeze)
 
     @torch.no_grad()
     def fit(self, x: Tensor, lengths: Tensor) -> None:
@@ -157,7 +161,7 @@ class ActNormLinear(ActNorm):
         logdet, inverses = context.factors
         return flow_linear(
             x,
-            context.whole.lengths * squeeze if squeeze > 1 else context.whole.lengths,
+            context.lengths(squeeze),
             self.log_scale[None],
             self.bias[None],
             self.weight[None],
@@ -560,7 +564,7 @@ class Flow(nn.Module):
         ) -> None:
             x, context = arguments
             factor = options.get("squeeze", 1)
-            module.fit(*squeeze(x, context.whole.lengths * factor, factor))
+            module.fit(*squeeze(x, context.lengths(factor), factor))
 
         handles = []
         for module in self.modules():

@@ -48,11 +48,16 @@ class Shards:
             share.grad = None
 
     def gather(
-        self, tensors: Mapping[str, Tensor], *, only_first: bool = False
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        only_first: bool = False,
+        device: torch.device | str | None = None,
     ) -> dict[str, Tensor]:
         """Puts tensors together that are cut as the parameters of their names.
 
-        All processes get them; with `only_first` the first one alone, and the others nothing.
+        All processes get them; with `only_first` the first one alone, and the others nothing. They
+        go to `device`, if that is given, some at a time.
         """
         kept = not only_first or torch.distributed.get_rank() == 0
         whole: dict[str, Tensor] = {}
@@ -68,7 +73,8 @@ class Shards:
             for name, pieces in zip(names, everyone.split(sizes, 1), strict=True):
                 shape = self._all[name].shape
                 if kept:
-                    whole[name] = pieces.reshape(-1, *shape[1:])[: shape[0]].clone()
+                    found = pieces.reshape(-1, *shape[1:])[: shape[0]]
+                    whole[name] = found.to(device or found.device, copy=True)
         return whole
 
     def _groups(self, names: Iterable[str]) -> Iterator[list[str]]:

@@ -149,7 +149,9 @@ class Updater:
                 self._fabric.backward(self.forward(example).sum())
             else:
                 # Past FSDP, which would leave out what has no gradient without a word.
-                torch.stack([*self.model(example).values()]).sum().backward()
+                with self._fabric.autocast():
+                    losses = self.model(example)
+                torch.stack([*losses.values()]).sum().backward()
             named = self.model.named_parameters()
             names = [name for name, p in named if p.requires_grad and p.grad is None]
         if names:
@@ -316,8 +318,7 @@ class Updater:
         for kind in sorted({kind for state in states.values() for kind in state}):
             found = {name: state[kind] for name, state in states.items() if kind in state}
             if self._shards is not None and kind != "step":
-                found = self._shards.gather(found, only_first=True)
-                found = {name: tensor.cpu() for name, tensor in found.items()}
+                found = self._shards.gather(found, only_first=True, device="cpu")
             tensors |= {f"{kind}/{name}": tensor.contiguous() for name, tensor in found.items()}
         scaler = self._scaler.state_dict() if self._scaler is not None else {}
         return tensors, {"skipped": self.skipped(), "streak": self.streak(), **scaler}
